@@ -1,0 +1,40 @@
+# Everything runs in .venv, which `make setup` makes; only Python 3.11 or newer with pip and venv, and make, must be there.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install ctsft with its tools, again only after pyproject.toml or constraints.txt changed
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# Threads beyond the cores cost more than they bring. A value from the environment stands.
+demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
+demo: setup ## fine-tune SmolLM2-135M on questions about databases; the result is in runs/demo
+	$(BIN)/ctsft tune --model smollm2-135m --data sql --out runs/demo --overwrite
+
+test: export OMP_NUM_THREADS ?= 1
+test: lint ## lint, then all tests
+	$(BIN)/pytest
+
+lint: setup ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup ## format the code and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/ctsft.egg-info
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
