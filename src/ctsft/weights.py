@@ -1,0 +1,115 @@
+"""Weights: the matrices inside a model, seen one way, and the fingerprint of their exact values.
+
+Everywhere else a matrix is (d_out, d_in), y = W x, whatever module holds it; an embedding is (vocabulary, d_model) like
+the head it may be tied to.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ctsft.errors import CTError
+from ctsft.spectrum import one_thread
+
+MATRIX_MODULES = (nn.Linear, Conv1D, nn.Embedding)
+WRITERS = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "fc_out", "proj", "down", "wo", "dense_4h_to_h")
+
+
+def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weight of a Linear, Conv1D or Embedding as a view (d_out, d_in); `weight` stands in for the module's own."""
+    weight = module.weight if weight is None else weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight  # type: ignore[union-attr,return-value]
+
+
+def clean_name(name: str) -> str:
+    """A module's name in the bare model, whatever wraps it."""
+    return name.removeprefix("base_model.model.").replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def checked(name: str, module: nn.Module) -> Tensor:
+    """The (d_out, d_in) weight of `module`, or CTError where no spectrum can be taken of it."""
+    if not isinstance(module, MATRIX_MODULES):
+        raise CTError(
+            f"{name} is a {type(module).__name__}; CT-SFT adapts Linear, Conv1D and Embedding, so leave it out of "
+            "target_modules."
+        )
+    weight = module.weight
+    if weight.is_meta:
+        raise CTError(f"{name} has its weight on the meta device; load the model's weights before adding the adapter.")
+    if type(weight.data).__name__ == "DTensor" or weight.ndim != 2 or weight.numel() == 0:
+        raise CTError(f"{name} holds a sharded or empty weight; gather it (or adapt before sharding) and try again.")
+    if not weight.is_floating_point():
+        raise CTError(f"{name} is quantised ({weight.dtype}); load the model in bfloat16 or float32 to adapt it.")
+    if not torch.isfinite(weight.data).all():
+        raise CTError(f"{name} has NaN or infinite weights; the checkpoint is damaged, use another one.")
+    return matrix(module)
+
+
+def width(model: nn.Module) -> int:
+    """d_model: the width of the residual stream, read from the input embedding."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if embedding is None:
+        raise CTError("basis='universal' needs a transformers model, whose input embedding tells the width d_model.")
+    return int(embedding.weight.shape[1])
+
+
+def takes_part_transposed(name: str, shape: torch.Size, d_model: int) -> bool:
+    """Whether a matrix meets the residual stream with its output side (o_proj, down_proj) and not its input side.
+
+    Raises CTError when neither side has width `d_model`.
+    """
+    d_out, d_in = shape
+    if d_model not in (d_out, d_in):
+        raise CTError(
+            f"{name} ({d_out} x {d_in}) has no side of width d_model = {d_model}, so no universal basis fits it."
+        )
+    if d_out == d_in:
+        return name.rpartition(".")[2] in WRITERS
+    return d_out == d_model
+
+
+def rows(name: str, w: Tensor, d_model: int) -> Tensor:
+    """The rows (n, d_model) with which a matrix takes part in the universal basis."""
+    return w.T if takes_part_transposed(name, w.shape, d_model) else w
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every Linear, Conv1D and Embedding of the bare model, tied ones once, by clean name."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        trained_copy = ".modules_to_save." in name
+        if isinstance(module, MATRIX_MODULES) and id(module.weight) not in seen and not trained_copy:
+            seen.add(id(module.weight))
+            yield clean_name(name).removesuffix(".base_layer").removesuffix(".original_module"), module
+
+
+def universal_members(model: nn.Module, d_model: int) -> dict[str, nn.Module]:
+    """The matrices whose rows make the universal basis: all that have a side of width `d_model`."""
+    return {n: m for n, m in matrices(model) if d_model in m.weight.shape}  # type: ignore[operator]
+
+
+def universal_gram(members: dict[str, nn.Module], d_model: int) -> Tensor:
+    """sum W^T W over the rows of all `members`, (d_model, d_model) float64 (paper 78: one basis for all)."""
+    gram = torch.zeros(d_model, d_model, dtype=torch.float64)
+    with one_thread():
+        for name, module in members.items():
+            for chunk in rows(name, checked(name, module), d_model).detach().split(8192):
+                piece = chunk.to("cpu", torch.float64)
+                gram += piece.T @ piece
+    return gram
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A 128-bit hash (xxh3) of names, shapes and exact values; the dtype does not count where the values are the same.
+
+    (Of float64 it does: its values are hashed as they are.)
+    """
+    total = xxhash.xxh3_128()
+    for name, weight in sorted(weights, key=lambda pair: pair[0]):
+        exact = weight.detach().cpu() if weight.dtype == torch.float64 else weight.detach().to("cpu", torch.float32)
+        total.update(f"{name} {tuple(weight.shape)} ".encode())
+        total.update(exact.contiguous().numpy())  # type: ignore[arg-type]
+    return f"xxh3-{total.hexdigest()}"

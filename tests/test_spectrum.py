@@ -1,0 +1,172 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ctsft.spectrum import (
+    effective_rank,
+    energy,
+    fixed_sign,
+    one_thread,
+    orthonormal_columns,
+    principal_directions,
+    singular_triples,
+    singular_values,
+    stable_rank,
+)
+
+sizes = st.integers(1, 12)
+property_test = settings(deadline=None, max_examples=60)
+
+
+def with_spectrum(s, d_out, d_in, seed=0):
+    """A random matrix (d_out, d_in) with singular values `s`, float64."""
+    g = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(d, len(s), generator=g, dtype=torch.float64))[0] for d in (d_out, d_in))
+    return u @ torch.diag(torch.tensor(s, dtype=torch.float64)) @ v.T
+
+
+def orthonormal(rows):
+    return torch.allclose(rows @ rows.T, torch.eye(len(rows), dtype=rows.dtype), atol=1e-9)
+
+
+@st.composite
+def matrices(draw):
+    """Random matrices of every rank, zero included, with values over many orders of magnitude and some equal."""
+    d_out, d_in = draw(sizes), draw(sizes)
+    s = draw(st.lists(st.sampled_from([0.0, 1e-12, 1e-6, 1e-3, 0.5, 1.0, 1.0, 3.0]), max_size=min(d_out, d_in)))
+    w = with_spectrum(s, d_out, d_in, draw(st.integers(0, 99))) if s else torch.zeros(d_out, d_in)
+    return w * draw(st.sampled_from([1e-20, 1.0, 1e10]))
+
+
+@property_test
+@given(matrices(), st.data())
+def test_triples_are_singular_triples(w, data):
+    n = min(w.shape)
+    which = torch.tensor(data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True)))
+    u, s, vh = singular_triples(w, which)
+    a, scale = w.double(), max(w.abs().max().item(), 1e-300)
+    assert orthonormal(u.T) and orthonormal(vh)
+    assert torch.allclose(s / scale, torch.linalg.svdvals(a)[which] / scale, atol=1e-7)
+    assert torch.allclose(u.T @ a @ vh.T / scale, torch.diag(s) / scale, atol=1e-7)
+    assert torch.allclose(a.T @ u / scale, vh.T * s / scale, atol=1e-7)
+
+
+@property_test
+@given(matrices(), st.data())
+def test_a_triple_does_not_depend_on_the_others_asked_for(w, data):
+    """So a larger K keeps the directions of a smaller one, also among equal or vanishing singular values."""
+    n = min(w.shape)
+    which = torch.tensor(data.draw(st.permutations(range(n))))
+    k = data.draw(st.integers(1, n))
+    (u, s, vh), (u_all, s_all, vh_all) = singular_triples(w, which[:k]), singular_triples(w, which)
+    for part, whole in ((u, u_all[:, :k]), (vh, vh_all[:k]), (s, s_all[:k])):
+        assert torch.allclose(part, whole, rtol=1e-9, atol=1e-12)
+
+
+@property_test
+@given(matrices(), st.data())
+def test_the_top_holds_the_most_energy_that_any_k_directions_can(w, data):
+    k = data.draw(st.integers(1, min(w.shape)))
+    u, s, vh = singular_triples(w, torch.arange(k))
+    a = w.double()
+    best = torch.linalg.svdvals(a)[:k].square().sum()
+    assert torch.isclose((u.T @ a @ vh.T).square().sum(), best, rtol=1e-9)
+    assert torch.isclose(s.square().sum(), best, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(300, 160), (160, 300), (200, 200)])  # large enough for threads to matter
+@pytest.mark.parametrize("k", [4, 160])
+def test_the_same_bits_twice_and_with_any_number_of_threads(shape, k):
+    w = torch.randn(shape)
+    first = singular_triples(w, torch.arange(k))
+    gram = (w.T @ w).double()
+    directions = principal_directions(gram, k)
+    torch.set_num_threads(2)
+    try:
+        again, other = singular_triples(w, torch.arange(k)), principal_directions(gram, k)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(directions, other)
+
+
+def test_one_thread_restores_the_number_after_an_error():
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyError), one_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+@property_test
+@given(sizes, st.integers(0, 99))
+def test_the_sign_is_fixed(n, seed):
+    w = torch.randn(n, n + 2, generator=torch.Generator().manual_seed(seed))
+    vh = singular_triples(w, torch.arange(n))[2]
+    assert (vh.gather(1, vh.abs().argmax(1, keepdim=True)) > 0).all()
+    minus = singular_triples(-w, torch.arange(n))[2]
+    assert torch.allclose(vh, minus, atol=1e-6)
+    assert fixed_sign(-vh).tolist() == [-1.0] * n
+
+
+@property_test
+@given(st.integers(1, 10), st.integers(0, 99))
+def test_principal_directions_are_the_leading_eigenvectors(d, seed):
+    x = torch.randn(20, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    gram = x.T @ x
+    rows = principal_directions(gram, d)
+    assert rows.shape == (d, d) and orthonormal(rows)
+    captured = (rows @ gram @ rows.T).diagonal()
+    assert torch.allclose(captured, torch.linalg.svdvals(x) ** 2)
+    for k in range(1, d + 1):
+        assert torch.equal(principal_directions(gram, k), rows[:k])
+
+
+@property_test
+@given(st.integers(1, 10), st.integers(0, 99), st.booleans())
+def test_gram_schmidt_keeps_the_span_and_the_order(k, seed, deficient):
+    a = torch.randn(12, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if deficient:
+        a[:, k // 2] = 0
+    q = orthonormal_columns(a)
+    assert orthonormal(q.T)
+    coordinates = q.T @ a
+    assert torch.allclose(q @ coordinates, a)
+    assert torch.allclose(coordinates.tril(-1), torch.zeros(k, k, dtype=torch.float64), atol=1e-12)
+    assert (coordinates.diagonal() > -1e-12).all()
+    for fewer in range(1, k):
+        assert torch.allclose(orthonormal_columns(a[:, :fewer]), q[:, :fewer], atol=1e-12)
+
+
+def test_singular_values_are_all_and_descending():
+    w = torch.randn(5, 9, dtype=torch.bfloat16)
+    s = singular_values(w)
+    assert s.dtype == torch.float64 and s.shape == (5,)
+    assert torch.allclose(s, torch.linalg.svdvals(w.double()))
+    assert (s.diff() <= 0).all()
+
+
+def test_the_measures_of_rank_by_hand():
+    assert effective_rank(torch.ones(7)) == pytest.approx(7)
+    assert effective_rank(torch.tensor([3.0, 0.0, 0.0])) == pytest.approx(1)
+    s = torch.tensor([2.0, 1.0, 1.0])
+    assert effective_rank(s) == pytest.approx(math.exp(0.5 * math.log(2) + 0.5 * math.log(4)))
+    assert stable_rank(s) == pytest.approx(6 / 4)
+    assert [energy(s, k) for k in (1, 2, 3, 9)] == pytest.approx([4 / 6, 5 / 6, 1, 1])
+
+
+@property_test
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=20))
+def test_the_measures_of_rank_are_ordered(values):
+    s = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    p = s / s.sum()
+    assert effective_rank(s) == pytest.approx(torch.exp(-(p * p.log()).sum()).item())
+    assert 1 - 1e-9 <= stable_rank(s) <= effective_rank(s) + 1e-9 <= len(s) + 1e-8
+    assert all(energy(s, k) <= energy(s, k + 1) for k in range(1, len(s)))
