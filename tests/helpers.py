@@ -1,0 +1,116 @@
+"""Tiny random models, and adapters on them with random trained numbers."""
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from ctsft import CTConfig, calibrate
+from ctsft.config import RECOMPUTABLE
+from ctsft.layer import CTLayer
+from ctsft.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
+from ctsft.weights import matrix
+
+SHAPES = ("llama", "gpt2", "photonic")
+FORMS = ("diagonal", "core", "scores")
+BASES = ("weight", "random", "universal", "gradient", "activation")
+DTYPES = (torch.float32, torch.bfloat16)
+VOCABULARY = 37
+EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "photonic": "tok_emb"}
+HEAD = {"llama": "lm_head", "gpt2": "lm_head", "photonic": "head"}
+
+
+def tiny(shape="llama", dtype=torch.float32, seed=0, **changes):
+    """A model of width 16 with 2 layers, the same weights for the same seed, large enough for attention to matter."""
+    torch.manual_seed(seed)
+    size = {"vocab_size": VOCABULARY, "initializer_range": 0.3, "bos_token_id": 0, "eos_token_id": 0} | changes
+    if shape == "llama":
+        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "tie_word_embeddings": True} | size
+        model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **size))
+    elif shape == "gpt2":
+        dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=20, **dropouts, **size))
+    else:
+        model = PhotonicGPTForCausalLM(PhotonicGPTConfig(n_embd=16, n_layer=2, n_head=2, n_positions=20, **size))
+    return model.to(dtype).eval()
+
+
+def ids(rows=3, length=8, seed=1):
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def batches():
+    return [{"input_ids": ids(seed=s)} for s in (2, 3)]
+
+
+def logits(model, input_ids=None):
+    with torch.no_grad():
+        return model(input_ids=ids() if input_ids is None else input_ids).logits
+
+
+def ready_config(base, **options):
+    """A CTConfig, calibrated where its basis is made from data."""
+    config = CTConfig(**{"k": 4, "task_type": "CAUSAL_LM"} | options)
+    return config if config.basis in RECOMPUTABLE else calibrate(base, config, batches())
+
+
+def adapt(base, **options):
+    """`base` with a fresh adapter."""
+    return get_peft_model(base, ready_config(base, **options)).eval()
+
+
+def owners(model, adapter="default"):
+    """The CTLayers that own `adapter`, by their name in the bare model."""
+    bare = model.base_model.model if isinstance(model, PeftModel) else model
+    return {
+        n: m
+        for n, m in bare.named_modules()
+        if isinstance(m, CTLayer) and adapter in m.ctsft_coefficients and not m.ctsft_owner
+    }
+
+
+def coefficients(model, adapter="default"):
+    return {n: m.ctsft_coefficients[adapter] for n, m in owners(model, adapter).items()}
+
+
+def randomise(model, adapter="default", scale=0.3, seed=5):
+    """Random trained numbers, as if after training; returns `model`."""
+    generator = torch.Generator().manual_seed(seed)
+    for c in coefficients(model, adapter).values():
+        c.data = scale * torch.randn(c.shape, generator=generator)
+    return model
+
+
+def dense(layer, adapter="default"):
+    """dW (d_out, d_in) of a layer, float64, written down from the formula and sharing no code with the product."""
+    basis, c = layer.ctsft_basis[adapter], layer.ctsft_coefficients[adapter].detach().double()
+    u, vh, start = (None if t is None else t.double() for t in (basis.u, basis.vh, basis.start))
+    if start is not None:
+        c = c + start
+    if u is None:
+        w = torch.einsum("ok,ki->oi", c, vh)
+    elif vh is None:
+        w = torch.einsum("ok,ik->oi", u, c)
+    else:
+        w = torch.einsum("ok,kl,li->oi", u, torch.diag(c) if c.ndim == 1 else c, vh)
+    return w if start is None else w - matrix(layer.get_base_layer()).detach().double()
+
+
+def twin(model, base, adapter="default"):
+    """`base` (not adapted, float32 or float64) with dense weights W + dW; returns it."""
+    for name, layer in owners(model, adapter).items():
+        module = base.get_submodule(name)
+        w = matrix(module)
+        w.data += dense(layer, adapter).to(w.dtype)
+    return base
+
+
+def assert_same_bits(a, b):
+    assert a.dtype == b.dtype and a.shape == b.shape
+    assert torch.equal(a, b), f"largest difference {(a.double() - b.double()).abs().max():.3g}"
+
+
+def assert_close(a, b, tolerance):
+    """Largest difference relative to the largest entry."""
+    a, b = a.detach().double(), b.detach().double()
+    difference = ((a - b).abs().max() / b.abs().max()).item()
+    assert difference <= tolerance, f"relative difference {difference:.3g} > {tolerance:.3g}"
