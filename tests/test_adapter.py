@@ -540,3 +540,26 @@ def test_it_works_on_a_plain_module_that_is_no_transformer():
     before = base(x)
     model = get_peft_model(base, ready_config(base, k=2, target_modules=["0", "2"], task_type=None))
     assert_same_bits(model(x), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bfloat16_basis_is_rounded_once_and_the_same_everywhere(form, basis, dtype, tmp_path):
+    base = logits(tiny(dtype=dtype))
+    model = adapt(tiny(dtype=dtype), form=form, basis=basis, basis_dtype="bfloat16")
+    assert_same_bits(logits(model), base)
+    exact = owners(adapt(tiny(dtype=dtype), form=form, basis=basis))
+    for name, layer in owners(model).items():
+        for factor, tensor in layer.ctsft_basis["default"].tensors().items():
+            assert tensor.dtype == torch.bfloat16
+            assert_close(tensor, exact[name].ctsft_basis["default"].tensors()[factor], 2**-6)
+
+    randomise(model, scale=0.1)
+    model.save_pretrained(tmp_path)
+    same_values = tiny(dtype=dtype).float()
+    other = PeftModel.from_pretrained(same_values, tmp_path)
+    for name, layer in owners(other).items():
+        assert_same_bits(layer.get_delta_weight("default"), owners(model)[name].get_delta_weight("default"))
+    assert_close(logits(other), logits(twin(model, tiny(dtype=dtype).float())), 1e-5)
+    assert_close(logits(model), logits(other), ROUNDING[dtype] * 10)

@@ -67,11 +67,11 @@ def test_a_recipe_does_not_change():
 @pytest.mark.parametrize(
     ("form", "k", "lr"),
     [
-        ("diagonal", 64, 3e-2),
-        ("diagonal", 256, 1.5e-2),
-        ("diagonal", 16, 6e-2),
-        ("diagonal", 4, 0.12),
-        ("diagonal", 1, 0.12),
+        ("diagonal", 64, 0.1),
+        ("diagonal", 256, 0.05),
+        ("diagonal", 16, 0.2),
+        ("diagonal", 4, 0.4),
+        ("diagonal", 1, 0.4),
         ("core", 64, 3e-3),
         ("core", 16, 6e-3),
         ("scores", 64, 1e-3),

@@ -20,7 +20,7 @@ BLOCK = 64  # random directions are drawn in whole blocks, so that a larger K ke
 
 @dataclass
 class Basis:
-    """Frozen directions of one matrix (d_out, d_in), float32.
+    """Frozen directions of one matrix (d_out, d_in), float32 or rounded once to bfloat16.
 
     u: (d_out, K), or None when the left factor trains. vh: (K, d_in), or None when the right factor trains.
     start: the scores (d_out or d_in, K) that training starts from where W is *replaced* by its K-term form, else None.
@@ -37,6 +37,15 @@ class Basis:
     def tensors(self) -> dict[str, Tensor]:
         """The factors there are, by name."""
         return {n: t for n, t in (("u", self.u), ("vh", self.vh), ("start", self.start)) if t is not None}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vh.dtype if self.vh is not None else self.u.dtype  # type: ignore[union-attr]
+
+    def rounded(self, dtype: torch.dtype) -> "Basis":
+        """The directions in `dtype` (the same factors where they have it already); `start` stays as it is."""
+        u, vh = (None if f is None else f.to(dtype) for f in (self.u, self.vh))
+        return Basis(u, vh, self.start)
 
     def move(self, device: torch.device) -> None:
         """Move the factors to `device` in place: one that many bases share moves once, stays shared. Never a cast."""
@@ -127,7 +136,7 @@ def paired(w: Tensor, basis: Basis) -> Basis:
 def replacing(w: Tensor, basis: Basis) -> Basis:
     """The paper's form (78): W becomes its K-term reconstruction; training starts from its scores W Vh^T (or W^T U)."""
     a = w.detach().to("cpu", torch.float32)
-    start = a @ basis.vh.T if basis.vh is not None else a.T @ basis.u  # type: ignore[operator]
+    start = a @ basis.vh.float().T if basis.vh is not None else a.T @ basis.u.float()  # type: ignore[union-attr]
     return Basis(basis.u, basis.vh, start.contiguous())
 
 

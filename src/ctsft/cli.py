@@ -85,8 +85,8 @@ def tune(
         list[str] | None,
         typer.Option(help="Module name to adapt, repeatable. (default: every linear layer but the head)"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. (default: 100)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows a step. (default: 16)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. (default: 120)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step. (default: 8)")] = None,
     lr: Annotated[
         str | None, typer.Option(help="Peak learning rate, or auto (README tells the rule). (default: auto)")
     ] = None,
@@ -95,9 +95,12 @@ def tune(
     heldout: Annotated[
         float | None, typer.Option(help="Share (below 1) or number of rows held out. (default: 0.1)")
     ] = None,
-    eval_rows: Annotated[int | None, typer.Option(help="Held-out rows scored before and after. (default: 64)")] = None,
+    eval_rows: Annotated[int | None, typer.Option(help="Held-out rows scored before and after. (default: 100)")] = None,
     amplitude_dropout: Annotated[
         float | None, typer.Option(help="Chance to drop a direction for a step. (default: 0)")
+    ] = None,
+    basis_dtype: Annotated[
+        str | None, typer.Option(help="Of the directions: float32, bfloat16, or auto, the model's. (default: auto)")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the frozen model: auto, float32, bfloat16, float16. (default: auto)")
@@ -133,6 +136,7 @@ def tune(
         "heldout": heldout,
         "eval_rows": eval_rows,
         "amplitude_dropout": amplitude_dropout,
+        "basis_dtype": basis_dtype,
         "dtype": dtype,
         "threads": threads,
         "seed": seed,

@@ -16,6 +16,7 @@ Form = Literal["diagonal", "core", "scores"]
 BasisKind = Literal["weight", "random", "universal", "gradient", "activation"]
 WeightFrom = Literal["top", "bottom", "random"]
 UniversalMode = Literal["residual", "replace"]
+BasisDtype = Literal["float32", "bfloat16"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 
 RECOMPUTABLE = ("weight", "random", "universal")  # from the base weights and the seed alone; the others need data
@@ -84,6 +85,13 @@ class CTConfig(PeftConfig):
         default=0.0,
         metadata={"help": "Chance that a direction is dropped for a training step (paper 85's alpha dropout)."},
     )
+    basis_dtype: BasisDtype = field(
+        default="float32",
+        metadata={
+            "help": "`bfloat16` rounds the directions once, when they are made: half the memory and, on a bfloat16 "
+            "base, products in bfloat16. The adapter is then the rounded one everywhere, exports included."
+        },
+    )
     store_basis: bool = field(
         default=False,
         metadata={"help": "Always write the basis, even where it can be recomputed from the base weights."},
@@ -117,6 +125,7 @@ class CTConfig(PeftConfig):
             ("basis", BasisKind),
             ("weight_from", WeightFrom),
             ("universal_mode", UniversalMode),
+            ("basis_dtype", BasisDtype),
             ("save_dtype", SaveDtype),
         ):
             if getattr(self, name) not in get_args(kind):

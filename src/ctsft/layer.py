@@ -122,10 +122,11 @@ class CTLayer(nn.Module, BaseTunerLayer):
         """left (d_out, K) and right (K, d_in) with dW = left right; for `replace`, of the whole new W. float32."""
         basis, c = self.ready(name), self.coefficients(name)
         if basis.u is None:
-            return c, basis.vh  # type: ignore[return-value]
+            return c, cast(Tensor, basis.vh).float()
+        u = basis.u.float()
         if basis.vh is None:
-            return basis.u, c.T
-        return (basis.u * c if c.ndim == 1 else basis.u @ c), basis.vh
+            return u, c.T
+        return (u * c if c.ndim == 1 else u @ c), basis.vh.float()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense dW of `adapter`, float32, in the base module's layout. For merging and tests, not used in training."""
@@ -146,15 +147,20 @@ class CTLayer(nn.Module, BaseTunerLayer):
         return z * F.dropout(torch.ones(z.shape[-1], device=z.device), p)
 
     def delta(self, name: str, x: Tensor) -> Tensor:
-        """What adapter `name` adds to the output for input `x` (..., d_in), float32; for `replace`, all of W x."""
+        """What adapter `name` adds to the output for input `x` (..., d_in); for `replace`, all of W x.
+
+        Products with the trained C run in float32; those with frozen factors in the wider of their and the input's
+        dtype.
+        """
         basis, c = self.ready(name), self.coefficients(name)
-        x = x.float()
+        dtype = torch.promote_types(x.dtype, basis.dtype)
+        z = x.float() @ c if basis.vh is None else F.linear(x.to(dtype), basis.vh.to(dtype)).float()
+        z = self.scaled(name, z)
         if basis.u is None:
-            return F.linear(self.scaled(name, F.linear(x, basis.vh)), c)  # type: ignore[arg-type]
-        if basis.vh is None:
-            return F.linear(self.scaled(name, x @ c), basis.u)
-        z = self.scaled(name, F.linear(x, basis.vh))
-        return F.linear(z * c if c.ndim == 1 else F.linear(z, c), basis.u)
+            return F.linear(z, c)
+        if basis.vh is not None:
+            z = z * c if c.ndim == 1 else F.linear(z, c)
+        return F.linear(z.to(dtype), basis.u.to(dtype))
 
     def present(self) -> list[str]:
         """Active adapters that this layer has; CTError where one replaces W and another would add to it."""
@@ -208,7 +214,7 @@ class CTLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         dtype = result.dtype
         for name in names:
-            result = result + self.delta(name, x)  # in float32, so that a bfloat16 output is rounded once
+            result = result + self.delta(name, x)  # float32 with a float32 basis: the sum is rounded once
         return result.to(dtype)
 
     def replaced(self, name: str, x: Tensor) -> Tensor:
@@ -227,15 +233,12 @@ class CTEmbedding(CTLayer):
 
     def delta(self, name: str, x: Tensor) -> Tensor:
         basis, c = self.ready(name), self.coefficients(name)
-        if basis.u is None:
-            z = F.embedding(x, c)
-        elif c.ndim == 1:
-            z = F.embedding(x, basis.u) * c
-        elif basis.vh is None:
-            return self.scaled(name, F.embedding(x, basis.u)) @ c.T * self.scale()
-        else:
-            z = F.embedding(x, basis.u) @ c
-        return self.scaled(name, z) @ cast(Tensor, basis.vh) * self.scale()
+        z = F.embedding(x, c if basis.u is None else basis.u).float()
+        if basis.vh is None:
+            return self.scaled(name, z) @ c.T * self.scale()
+        if basis.u is not None:
+            z = z * c if c.ndim == 1 else z @ c
+        return self.scaled(name, z) @ basis.vh.float() * self.scale()
 
     def scale(self) -> Tensor | float:
         """Factor that some embeddings (Gemma's) put on their output."""

@@ -13,7 +13,7 @@ K = Annotated[int, Field(ge=1)]
 # Learning rates that tuned runs on real models ended near, at K = 64, with AdamW, linear decay and some hundred steps.
 # An amplitude moves a whole direction, so it takes a far larger rate than a weight does; the more numbers share
 # the work, the smaller the rate.
-TUNED_LR = {"diagonal": 3e-2, "core": 3e-3, "scores": 1e-3}
+TUNED_LR = {"diagonal": 1e-1, "core": 3e-3, "scores": 1e-3}
 TUNED_K = 64
 
 
@@ -38,16 +38,19 @@ class Recipe(BaseModel):
     universal_mode: Literal["residual", "replace"] = "residual"
     target_modules: list[str] | None = Field(default=None, description="None: every linear layer but the head")
     amplitude_dropout: float = Field(default=0.0, ge=0, lt=1)
+    basis_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: the model's, if it can be"
+    )
     store_basis: bool = False
-    steps: int = Field(default=100, ge=1)
-    batch_size: int = Field(default=16, ge=1, description="rows a step")
+    steps: int = Field(default=120, ge=1)
+    batch_size: int = Field(default=8, ge=1, description="rows a step")
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
         default="auto", description="peak of a linear schedule with 5% warm-up"
     )
     max_length: int = Field(default=512, ge=2, description="tokens a row; longer ones are cut, and counted")
     limit: int | None = Field(default=None, ge=1, description="rows to train on, None: all")
     heldout: float = Field(default=0.1, gt=0, description="share of the rows held out (whole number: how many)")
-    eval_rows: int = Field(default=64, ge=1, description="held-out rows that are scored before and after")
+    eval_rows: int = Field(default=100, ge=1, description="held-out rows that are scored before and after")
     samples: int = Field(default=3, ge=0, description="generations shown before and after")
     max_new_tokens: int = Field(default=64, ge=1)
     calibration_rows: int = Field(default=32, ge=1, description="training rows for basis gradient and activation")

@@ -24,7 +24,9 @@ from ctsft.weights import clean_name, fingerprint, matrix, takes_part_transposed
 
 COEFFICIENTS, CHECKSUM = "ctsft.coefficients", "ctsft.checksum"
 UNIVERSAL, BASIS = "ctsft.basis_universal", "ctsft.basis."
-TOLERANCE = 1e-4  # of a checksum's order sqrt(K): rounding moves it by 1e-7, turned directions by their angle
+# Of a checksum's order sqrt(K). Another machine's rounding moves it by 1e-7, or where it tips a bfloat16 by 1e-4;
+# turned directions move it by their angle.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 
 
 def adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, CTLayer]]:
@@ -110,7 +112,7 @@ def unpack(model: nn.Module, config: CTConfig, adapter_name: str, tensors: dict[
     for (name, layer), expected in zip(layers, sums, strict=True):
         found = layer.ctsft_basis[adapter_name]
         assert found is not None
-        if not abs(checksum(found, clean_name(name)) - expected) <= TOLERANCE * math.sqrt(found.k):
+        if not abs(checksum(found, clean_name(name)) - expected) <= TOLERANCE[found.dtype] * math.sqrt(found.k):
             rotated.append(clean_name(name))
     if rotated and stored:
         raise CTError(f"the basis in the file is not the one that was saved (first: {rotated[0]}); it is damaged.")

@@ -334,8 +334,8 @@ def sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
     )
 
 
-def ct_config(recipe: Recipe) -> CTConfig:
-    """The adapter that `recipe` describes."""
+def ct_config(recipe: Recipe, dtype: torch.dtype) -> CTConfig:
+    """The adapter that `recipe` describes, for a model in `dtype`."""
     names = (
         "k",
         "form",
@@ -347,7 +347,11 @@ def ct_config(recipe: Recipe) -> CTConfig:
         "store_basis",
         "seed",
     )
-    return CTConfig(task_type="CAUSAL_LM", **{n: getattr(recipe, n) for n in names})  # type: ignore[arg-type]
+    basis_dtype = recipe.basis_dtype
+    if basis_dtype == "auto":
+        basis_dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    values: dict[str, Any] = {n: getattr(recipe, n) for n in names}
+    return CTConfig(task_type="CAUSAL_LM", basis_dtype=basis_dtype, **values)
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
@@ -433,13 +437,14 @@ def tune(
     out = Path(out)
     console = console or Console(stderr=True)
     check_folder(recipe, out, resume, overwrite)
-    config = ct_config(recipe)
+    ct_config(recipe, torch.float32)  # its mistakes show before the model is loaded
     torch.set_num_threads(recipe.threads)
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
     with console.status(f"loading {recipe.model}"):
         loaded = load_model(recipe.model, recipe.dtype)
         model, tokenizer = loaded.model, loaded.tokenizer
+        config = ct_config(recipe, model.dtype)
         if torch.cuda.is_available():
             model.to("cuda")  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in model.parameters())

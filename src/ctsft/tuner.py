@@ -129,10 +129,10 @@ def make_bases(
 
     Matrices are decomposed side by side, each on one thread, so that the bits do not depend on the number of threads.
     """
-    maker = basis_maker(model, config, ks.values())
+    maker, dtype = basis_maker(model, config, ks.values()), getattr(torch, config.basis_dtype)
     workers = torch.get_num_threads()
     with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        made = pool.map(lambda n: maker(n, weights[n], ks[n]), weights)
+        made = pool.map(lambda n: maker(n, weights[n], ks[n]).rounded(dtype), weights)
         progress = tqdm(made, "basis", len(weights), leave=False, delay=2, disable=None, unit="matrix")
         return dict(zip(weights, progress, strict=True))
 
@@ -165,8 +165,8 @@ def basis_maker(model: nn.Module, config: CTConfig, ks: Collection[int]) -> Call
             raise CTError(
                 f"k={max(ks)} is more than the {d_model} directions of the residual stream that basis='universal' has."
             )
-        shared = principal_directions(universal_gram(universal_members(model, d_model), d_model), max(ks)).float()
-        sides = two_sides(shared.contiguous(), ks)
+        shared = principal_directions(universal_gram(universal_members(model, d_model), d_model), max(ks))
+        sides = two_sides(shared.to(getattr(torch, config.basis_dtype)).contiguous(), ks)
 
         def universal(name: str, w: Tensor, k: int) -> Basis:
             basis = sides[k][takes_part_transposed(name, w.shape, d_model)]
@@ -287,7 +287,9 @@ def resize(
     names = {id(m): n for n, m in bare.named_modules()}
     first = next(iter(layers.values()))
     old = first.ctsft_config[adapter_name]
-    new = CTConfig(**{f: getattr(old, f) for f in ("form", "basis", "weight_from", "universal_mode", "seed")}, k=k)
+    new = CTConfig(
+        **{f: getattr(old, f) for f in ("form", "basis", "weight_from", "universal_mode", "basis_dtype", "seed")}, k=k
+    )
     new.calibrated = old.calibrated or {names[id(m)]: m.ready(adapter_name) for m in layers.values()}
     weights = {names[id(m)]: checked(n, m.get_base_layer()) for n, m in layers.items()}
     if first.ctsft_fingerprint[adapter_name] != base_fingerprint(bare, new, {names[id(m)]: m for m in layers.values()}):
