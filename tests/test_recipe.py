@@ -65,27 +65,25 @@ def test_a_recipe_does_not_change():
 
 
 @pytest.mark.parametrize(
-    ("form", "k", "lr"),
+    ("form", "k", "scale", "lr"),
     [
-        ("diagonal", 64, 0.1),
-        ("diagonal", 256, 0.05),
-        ("diagonal", 16, 0.2),
-        ("diagonal", 4, 0.4),
-        ("diagonal", 1, 0.4),
-        ("core", 64, 3e-3),
-        ("core", 16, 6e-3),
-        ("scores", 64, 1e-3),
-        ("scores", 16, 2e-3),
+        ("diagonal", 64, 5.737, 0.4),  # SmolLM2-135M
+        ("diagonal", 64, 0.691, 0.048),  # a 15M model of width 288
+        ("diagonal", 256, 1.0, 0.035),
+        ("diagonal", 16, 1.0, 0.14),
+        ("diagonal", 1, 1.0, 0.14),
+        ("core", 64, 1.0, 0.004),
+        ("core", 16, 1.0, 0.008),
+        ("scores", 64, 2.0, 0.003),
     ],
 )
-def test_auto_lr(form, k, lr):
-    assert auto_lr(form, k) == pytest.approx(lr)
-    assert Recipe(form=form, k=k).learning_rate == pytest.approx(lr)
+def test_auto_lr(form, k, scale, lr):
+    assert auto_lr(form, k, scale) == pytest.approx(lr)
 
 
-def test_learning_rate_of_mixed_k_is_that_of_the_largest():
-    assert Recipe(k={"q_proj": 16, ".*": 64}).learning_rate == auto_lr("diagonal", 64)
-    assert Recipe(k=16, lr=0.5).learning_rate == 0.5
+def test_largest_k():
+    assert Recipe(k={"q_proj": 16, ".*": 64}).largest_k == 64
+    assert Recipe(k=16).largest_k == 16
 
 
 def test_title():

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ import tiny
 from ctsft import store, train
 from ctsft.corpus import format_rows, load_corpus
 from ctsft.errors import CTError
-from ctsft.recipe import make_recipe
+from ctsft.recipe import auto_lr, make_recipe
 from ctsft.record import read_json, versions, write_json
-from ctsft.train import Stopped, collate, generate, heldout_loss, last_checkpoint, summed_loss, tune
-from helpers import SHAPES, adapt, ids, randomise
+from ctsft.train import Stopped, collate, generate, heldout_loss, last_checkpoint, peak_lr, summed_loss, tune
+from helpers import SHAPES, adapt, ids, owners, randomise
 from helpers import tiny as tiny_model
 
 STEPS = 6
@@ -601,3 +602,11 @@ def test_messages(model, recipe, tmp_path):
     assert f"before: held-out loss {run['before']['heldout_loss']:.3f} nats per token" in text
     assert f"after: held-out loss {run['after']['heldout_loss']:.3f} nats per token" in text
     assert "training 56 numbers of 34,080" in text
+
+
+def test_the_automatic_rate_is_on_the_scale_of_the_adapted_weights():
+    model = adapt(tiny_model("llama"))
+    values = [torch.linalg.svdvals(m.base_layer.weight.detach()) for m in owners(model).values()]
+    scale = statistics.median(float(s.square().mean().sqrt()) for s in values)
+    assert peak_lr(make_recipe({"k": 4}), model) == auto_lr("diagonal", 4, scale)
+    assert peak_lr(make_recipe({"k": 4, "lr": 0.5}), model) == 0.5

@@ -10,16 +10,19 @@ from ctsft.record import read_json
 
 K = Annotated[int, Field(ge=1)]
 
-# Learning rates that tuned runs on real models ended near, at K = 64, with AdamW, linear decay and some hundred steps.
-# An amplitude moves a whole direction, so it takes a far larger rate than a weight does; the more numbers share
-# the work, the smaller the rate.
-TUNED_LR = {"diagonal": 1e-1, "core": 3e-3, "scores": 1e-3}
+# The best peak rates of short AdamW runs with linear decay at K = 64, as shares of the model's typical singular value:
+# `diagonal` on SmolLM2-135M (LOG.md), the others on a 15M model. An amplitude adds to a singular value, so it moves on
+# the scale of those; the more numbers share the work, the smaller the rate.
+LR_SHARE = {"diagonal": 0.07, "core": 0.004, "scores": 0.0015}
 TUNED_K = 64
 
 
-def auto_lr(form: str, k: int) -> float:
-    """The rule behind `lr = "auto"`: the rate tuned at K = 64 for the form, times sqrt(64 / K), at most 4 times it."""
-    return round(TUNED_LR[form] * min(4.0, (TUNED_K / k) ** 0.5), 6)
+def auto_lr(form: str, k: int, scale: float) -> float:
+    """The rule behind `lr = "auto"`: share(form) * `scale` * sqrt(64 / K), to two digits; K below 16 counts as 16.
+
+    `scale` is the median over the adapted matrices of |W|_F / sqrt(min(d_out, d_in)), the rms singular value.
+    """
+    return float(f"{LR_SHARE[form] * scale * (TUNED_K / max(k, 16)) ** 0.5:.2g}")
 
 
 class Recipe(BaseModel):
@@ -66,11 +69,9 @@ class Recipe(BaseModel):
         return heldout
 
     @property
-    def learning_rate(self) -> float:
-        """The peak learning rate, with the rule for "auto" carried out."""
-        if self.lr != "auto":
-            return self.lr
-        return auto_lr(self.form, self.k if isinstance(self.k, int) else max(self.k.values()))
+    def largest_k(self) -> int:
+        """K, or the largest of a mapping."""
+        return self.k if isinstance(self.k, int) else max(self.k.values())
 
     @property
     def title(self) -> str:

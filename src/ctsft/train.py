@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import datasets
@@ -33,11 +34,11 @@ from ctsft.errors import CTError
 from ctsft.inspection import spectra_of
 from ctsft.layer import CTLayer
 from ctsft.models import load_model
-from ctsft.recipe import Recipe, read_recipe
+from ctsft.recipe import Recipe, auto_lr, read_recipe
 from ctsft.record import read_json, versions, wilson, write_json, write_text
 from ctsft.report import write_report
 from ctsft.store import adapted, save_adapter
-from ctsft.weights import clean_name
+from ctsft.weights import clean_name, matrix
 
 SAVE_EVERY = 20.0  # seconds between checkpoints
 COMPLETE = "complete"  # a file put into a checkpoint last of all, with its inventory
@@ -307,12 +308,20 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
-def sft_config(recipe: Recipe, folder: Path) -> SFTConfig:
+def peak_lr(recipe: Recipe, model: PeftModel) -> float:
+    """The learning rate that `recipe` gives, or the rule's for the weights that `model` adapts."""
+    if recipe.lr != "auto":
+        return recipe.lr
+    weights = [matrix(m.get_base_layer()).float() for _, m in adapted(model, "default")]
+    return auto_lr(recipe.form, recipe.largest_k, median(float(w.norm()) / min(w.shape) ** 0.5 for w in weights))
+
+
+def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
     return SFTConfig(
         output_dir=os.fspath(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
-        learning_rate=recipe.learning_rate,
+        learning_rate=lr,
         lr_scheduler_type="linear",
         warmup_steps=recipe.steps // 20,
         weight_decay=0.0,
@@ -392,6 +401,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     rows: datasets.Dataset,
     recipe: Recipe,
+    lr: float,
     folder: Path,
     console: Console,
 ) -> Tuner:
@@ -410,7 +420,7 @@ def fit(
         watch = Watch(progress, recipe.steps)
         trainer = Tuner(
             model=model,
-            args=sft_config(recipe, folder),
+            args=sft_config(recipe, folder, lr),
             train_dataset=rows.select_columns(["input_ids", "labels"]),
             data_collator=lambda rows: collate(rows, tokenizer.pad_token_id),
             processing_class=tokenizer,
@@ -485,11 +495,10 @@ def tune(
     before = read_json(before_file)
     console.print(score_line("before", before))
 
+    lr = peak_lr(recipe, adapted_model)
     trainable = sum(p.numel() for p in adapted_model.parameters() if p.requires_grad)
-    console.print(
-        f"training {trainable:,} numbers of {parameters:,} ({trainable / parameters:.4%}), lr {recipe.learning_rate:g}"
-    )
-    trainer = fit(adapted_model, tokenizer, train_rows, recipe, out / "checkpoints", console)
+    console.print(f"training {trainable:,} numbers of {parameters:,} ({trainable / parameters:.4%}), lr {lr:g}")
+    trainer = fit(adapted_model, tokenizer, train_rows, recipe, lr, out / "checkpoints", console)
     memory = extra_memory(adapted_model, trainer.optimizer)
     adapter_bytes = save_adapter(adapted_model, out / "adapter")
     with console.status("measuring the tuned model"):
@@ -506,7 +515,7 @@ def tune(
         "format": 1,
         "name": f"{loaded.name} on {corpus.name}, {recipe.title}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": recipe.model_dump() | {"learning_rate": recipe.learning_rate},
+        "recipe": recipe.model_dump() | {"learning_rate": lr},
         "versions": versions(),
         "machine": {
             "platform": platform.platform(),
