@@ -180,6 +180,10 @@ def show_run(run: dict[str, Any], out: Path) -> None:
         table.add_row(
             "95% interval", *(f"{s['accuracy']['low']:.0%} to {s['accuracy']['high']:.0%}" for s in (before, after))
         )
+    if after["accuracy"] and run["samples"]:
+        out_console.print(
+            "Held-out questions, in turn the first that came out right and the first that came out wrong:"
+        )
     for sample in run["samples"]:
         marks = {True: "[green]right[/] ", False: "[red]wrong[/] ", None: ""}
         out_console.rule(style="dim")

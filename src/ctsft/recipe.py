@@ -54,7 +54,7 @@ class Recipe(BaseModel):
     limit: int | None = Field(default=None, ge=1, description="rows to train on, None: all")
     heldout: float = Field(default=0.1, gt=0, description="share of the rows held out (whole number: how many)")
     eval_rows: int = Field(default=100, ge=1, description="held-out rows that are scored before and after")
-    samples: int = Field(default=3, ge=0, description="generations shown before and after")
+    samples: int = Field(default=4, ge=0, description="generations shown before and after")
     max_new_tokens: int = Field(default=64, ge=1)
     calibration_rows: int = Field(default=32, ge=1, description="training rows for basis gradient and activation")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

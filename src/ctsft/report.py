@@ -496,7 +496,8 @@ loss on the held-out split before and after training. Each training point is ove
 
 {% if run.samples %}
 <h2>What it writes</h2>
-<p>The same held-out prompts, answered by the model before and after training.</p>
+<p>The same held-out prompts, answered by the model before and after training.{% if run.after.accuracy %} Shown in turn are the
+first that tuning answers as wanted and the first that it does not; how many there are of each is told above.{% endif %}</p>
 {% for sample in run.samples %}
 {% if loop.index == 5 %}<details><summary>{{ run.samples|length - 4 }} more</summary>{% endif %}
 <div class="sample"><div><h3>prompt</h3><pre>{{ sample.prompt }}</pre></div>

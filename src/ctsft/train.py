@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -574,9 +575,15 @@ def scores(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def samples(corpus: Corpus, before: dict[str, Any], after: dict[str, Any], n: int) -> list[dict[str, Any]]:
-    """The first `n` held-out rows with what was generated for them before and after."""
+    """`n` held-out rows with what was generated for them before and after.
+
+    The first rows; where answers are scored, the first that came out right and the first that came out wrong, in turn.
+    """
+    wrong = [i for i, ok in enumerate(after["ok"]) if ok is not True]
+    right = [i for i, ok in enumerate(after["ok"]) if ok is True]
+    turns = [i for pair in zip_longest(right, wrong) for i in pair if i is not None]
     found = []
-    for i in range(min(n, len(after["texts"]))):
+    for i in turns[:n]:
         row = corpus.heldout[i]
         found.append(
             {
