@@ -12,7 +12,7 @@ from ctsft.basis import gradient_basis, input_basis
 from ctsft.config import RECOMPUTABLE, CTConfig
 from ctsft.errors import CTError
 from ctsft.tuner import check_k, find_targets
-from ctsft.weights import checked, matrix
+from ctsft.weights import matrix
 
 
 def calibrate(model: nn.Module, config: CTConfig, batches: Iterable[Mapping[str, Tensor]]) -> CTConfig:
@@ -31,7 +31,7 @@ def calibrate(model: nn.Module, config: CTConfig, batches: Iterable[Mapping[str,
     modules, _ = find_targets(model, config)
     ks = {n: config.k_for(n) for n in modules}
     for name, module in modules.items():
-        check_k(config, name, checked(name, module), ks[name])
+        check_k(config, name, matrix(module), ks[name])
     collect = mean_gradients if config.basis == "gradient" else input_grams
     collected = collect(model, modules, batches)
     make = gradient_basis if config.basis == "gradient" else input_basis

@@ -170,7 +170,7 @@ def check_same_base(config: CTConfig, now: str) -> None:
 
 
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> int:
-    """Save an adapter of a PeftModel so that a kill leaves either the old folder or the new one; returns bytes written.
+    """Save an adapter of a PeftModel, never half-written (see `replace_folder`); returns bytes written.
 
     Raises CTError when `folder` exists and is no adapter, or its numbers are not finite.
     """
@@ -217,7 +217,10 @@ For a server, or a program without ctsft: `ctsft export FOLDER --to lora` writes
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder` by renames."""
+    """Put `new` in the place of `folder`, on the same disk, by renames.
+
+    Between the two renames an old `folder` has a hidden name beside it, where a kill in that instant leaves it.
+    """
     for file in new.iterdir():
         if file.is_file():
             with file.open("rb") as handle:
