@@ -5,6 +5,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ctsft import models
 from ctsft.errors import CTError
 from ctsft.models import load_model, load_tokenizer, resolve
+from ctsft.record import read_json
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -358,24 +360,32 @@ def test_a_failed_download_is_one_sentence_and_is_not_cached(tmp_path, cache, mo
 # ---- photonic --------------------------------------------------------------------------------------------------------
 
 
-def test_photonic_is_the_same_every_time_and_leaves_the_random_state_alone():
-    before = torch.random.get_rng_state()
+def test_photonic_is_the_pretrained_checkpoint_in_float32():
     one = load_model("photonic")
-    assert torch.equal(torch.random.get_rng_state(), before)
-    torch.rand(3)
-    two = load_model("photonic")
     assert one.model.num_parameters() == 10_193_152
-    assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True))
-    assert one.note.startswith("photonic has random weights until")
-    assert not one.model.training
+    assert one.model.dtype == torch.float32 and not one.model.training
+    assert one.model.get_output_embeddings().weight is one.model.get_input_embeddings().weight
+    assert one.note.startswith("photonic is a laboratory model")
     assert load_model("photonic", "bfloat16").model.dtype == torch.bfloat16
+    stored = safetensors.torch.load_file(Path(one.source) / "model.safetensors")
+    assert all(tensor.dtype == torch.float16 for tensor in stored.values())
 
 
-def test_photonic_tokenizer_is_one_token_a_byte():
+def test_photonic_beats_the_counts_of_words_and_knows_its_books():
+    """What the model's card says of its held-out loss, on a sentence of the books' kind: far below ln(15,007) = 9.6."""
+    loaded = load_model("photonic")
+    ids = torch.tensor(
+        [loaded.tokenizer("And it came to pass in those days, that he went out into the mountain")["input_ids"]]
+    )
+    with torch.no_grad():
+        assert loaded.model(input_ids=ids, labels=ids).loss < 5
+    card = read_json(Path(loaded.source) / "training.json")
+    assert card["heldout_loss_as_kept"] < card["unigram_entropy"] - 1
+
+
+def test_photonic_tokenizer_gives_back_every_text():
     tokenizer = load_tokenizer("photonic")
-    text = "Zürich, 東京\n"
-    ids = tokenizer(text)["input_ids"]
-    assert len(ids) == len(text.encode()) and max(ids) < 256
-    assert tokenizer.decode(ids) == text
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
-    assert load_model("photonic").model.config.eos_token_id == 257
+    assert len(tokenizer) == 15_007 and tokenizer.model_max_length == 128
+    text = "Zürich, 東京\n\t SELECT count(*)  FROM t;"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id == load_model("photonic").model.config.eos_token_id == 0

