@@ -9,13 +9,23 @@ SOURCE = Path(__file__).parents[1] / "src" / "ctsft"
 
 # A lower floor knows nothing of a higher one; within a floor, and so in the whole table, the order counts too.
 FLOORS = {
-    0: ["errors", "record", "recipe", "sql"],  # plain values, no torch
+    0: [
+        "errors",
+        "record",
+        "recipe",
+        "sql",
+        "schedule",
+        "experiment",
+        "summary",
+        "stats",
+        "claim",
+    ],  # plain values, no torch
     1: ["spectrum", "basis"],  # tensor algebra
     2: ["weights", "photonic", "corpus", "models"],  # what is adapted, and the text
     3: ["config", "layer", "store", "tuner", "calibration", "export", "inspection"],  # the adapter
-    4: ["report"],  # pages from plain records
-    5: ["train"],
-    6: ["cli"],
+    4: ["report", "lab_figures", "lab_report"],  # pages from plain records
+    5: ["train", "probe", "arms", "lab", "sweep"],
+    6: ["cli_lab", "cli"],
 }
 ORDER = [name for floor in FLOORS.values() for name in floor]
 FILES = sorted(path.stem for path in SOURCE.glob("**/*.py") if path.stem not in ("__init__", "__main__"))

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ctsft.cli_lab import lab
 from ctsft.errors import CTError
 
 app = typer.Typer(
@@ -21,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(lab, name="lab")
 err = Console(stderr=True)
 out_console = Console()
 

@@ -59,7 +59,7 @@ def write_report(run: dict[str, Any], path: Path) -> None:
     spectra = sorted(run["spectra"], key=lambda row: -(row.get("delta_over_weight") or 0))
     page = environment.from_string(PAGE).render(
         run=run,
-        colours=COLOURS,
+        style=environment.from_string(STYLE).render(colours=COLOURS),
         result=result_sentence(run),
         accuracy=[
             (label, run[label]["accuracy"], score(run[label]["accuracy"]))
@@ -309,40 +309,7 @@ def draw_depth(
 
 # ---- the page
 
-PAGE = """\
-{% macro table_of(rows, first) %}
-<table class="spectra">
-<colgroup><col class="wide"><col span="7"></colgroup>
-{% if first %}
-<thead><tr><th>matrix</th><th>|ΔW| / |W|</th><th>|C|</th><th>K</th><th>energy in top K</th><th>effective rank</th><th>stable rank</th>
-<th>d_out &times; d_in</th></tr></thead>
-{% endif %}
-<tbody>
-{% for row in rows %}
-<tr><td class="name">{{ row.name }}</td>
-<td class="bar"><i style="width:{{ 100 * (row.delta_over_weight or 0) / largest_delta }}%"></i><span>{{ row.delta_over_weight|number(".2e") }}</span></td>
-<td>{{ row.coefficient_norm|number(".3g") }}</td><td>{{ row.k|number }}</td><td>{{ row.energy_top_k|number(".1%") }}</td>
-<td>{{ row.effective_rank|number(".1f") }}</td><td>{{ row.stable_rank|number(".1f") }}</td><td>{{ row.shape[0] }} &times; {{ row.shape[1] }}</td></tr>
-{% endfor %}
-</tbody></table>
-{% endmacro %}
-{% macro mark(ok) %}
-{% if ok is true %}<b class="good">✓ right</b>{% elif ok is false %}<b class="bad">✗ wrong</b>{% endif %}
-{% endmacro %}
-{% macro answer(text) %}
-<pre>{% if text %}{{ text }}{% else %}<i class="none">nothing</i>{% endif %}</pre>
-{% endmacro %}
-{% macro facts(pairs) %}
-<dl>{% for key, value in pairs %}<dt>{{ key }}</dt><dd>{{ value|words }}</dd>{% endfor %}</dl>
-{% endmacro %}
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ run.name }}</title>
-<style>
+STYLE = """\
 :root { {% for name, shades in colours.items() %}--{{ name }}: {{ shades[0] }}; {% endfor %}}
 @media (prefers-color-scheme: dark) { :root { {% for name, shades in colours.items() %}--{{ name }}: {{ shades[1] }}; {% endfor %}} }
 * { box-sizing: border-box; }
@@ -424,6 +391,43 @@ dt { color: var(--muted); } dd { margin: 0; min-width: 0; overflow-wrap: anywher
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
   td, th { padding-left: .4rem; padding-right: .4rem; }
 }
+"""  # noqa: E501  (of this page, and of the laboratory's)
+
+PAGE = """\
+{% macro table_of(rows, first) %}
+<table class="spectra">
+<colgroup><col class="wide"><col span="7"></colgroup>
+{% if first %}
+<thead><tr><th>matrix</th><th>|ΔW| / |W|</th><th>|C|</th><th>K</th><th>energy in top K</th><th>effective rank</th><th>stable rank</th>
+<th>d_out &times; d_in</th></tr></thead>
+{% endif %}
+<tbody>
+{% for row in rows %}
+<tr><td class="name">{{ row.name }}</td>
+<td class="bar"><i style="width:{{ 100 * (row.delta_over_weight or 0) / largest_delta }}%"></i><span>{{ row.delta_over_weight|number(".2e") }}</span></td>
+<td>{{ row.coefficient_norm|number(".3g") }}</td><td>{{ row.k|number }}</td><td>{{ row.energy_top_k|number(".1%") }}</td>
+<td>{{ row.effective_rank|number(".1f") }}</td><td>{{ row.stable_rank|number(".1f") }}</td><td>{{ row.shape[0] }} &times; {{ row.shape[1] }}</td></tr>
+{% endfor %}
+</tbody></table>
+{% endmacro %}
+{% macro mark(ok) %}
+{% if ok is true %}<b class="good">✓ right</b>{% elif ok is false %}<b class="bad">✗ wrong</b>{% endif %}
+{% endmacro %}
+{% macro answer(text) %}
+<pre>{% if text %}{{ text }}{% else %}<i class="none">nothing</i>{% endif %}</pre>
+{% endmacro %}
+{% macro facts(pairs) %}
+<dl>{% for key, value in pairs %}<dt>{{ key }}</dt><dd>{{ value|words }}</dd>{% endfor %}</dl>
+{% endmacro %}
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ run.name }}</title>
+<style>
+{{ style|safe }}
 </style>
 </head>
 <body>

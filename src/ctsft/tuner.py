@@ -28,12 +28,15 @@ from ctsft.store import adapted, base_fingerprint, check_same_base, pack, unpack
 from ctsft.weights import (
     MATRIX_MODULES,
     checked,
+    fingerprint,
     matrix,
     takes_part_transposed,
     universal_gram,
     universal_members,
     width,
 )
+
+LAST_UNIVERSAL: dict[str, Tensor] = {}
 
 
 @dataclass
@@ -165,7 +168,7 @@ def basis_maker(model: nn.Module, config: CTConfig, ks: Collection[int]) -> Call
             raise CTError(
                 f"k={max(ks)} is more than the {d_model} directions of the residual stream that basis='universal' has."
             )
-        shared = principal_directions(universal_gram(universal_members(model, d_model), d_model), max(ks))
+        shared = universal_directions(model, d_model)[: max(ks)]
         sides = two_sides(shared.to(getattr(torch, config.basis_dtype)).contiguous(), ks)
 
         def universal(name: str, w: Tensor, k: int) -> Basis:
@@ -184,6 +187,19 @@ def basis_maker(model: nn.Module, config: CTConfig, ks: Collection[int]) -> Call
         return basis.input_side() if config.form == "scores" else basis
 
     return own
+
+
+def universal_directions(model: nn.Module, d_model: int) -> Tensor:
+    """All directions of the universal basis as rows, (d_model, d_model) float64. Those of the last model are kept.
+
+    The fingerprint of the weights tells whether it is the same model: hashing is far cheaper than the Gram matrix.
+    """
+    members = universal_members(model, d_model)
+    key = fingerprint((n, matrix(m)) for n, m in members.items())
+    if key not in LAST_UNIVERSAL:
+        LAST_UNIVERSAL.clear()
+        LAST_UNIVERSAL[key] = principal_directions(universal_gram(members, d_model), d_model)
+    return LAST_UNIVERSAL[key]
 
 
 class CTModel(BaseTuner):
@@ -274,7 +290,8 @@ def resize(
 ) -> None:
     """Change K of an adapter in place, also during training: shared directions keep their values, new ones are zero.
 
-    The parameters stay the same objects. With `optimizer`, their state is reset, or with `carry` kept for shared
+    The parameters stay the same objects; a loss from before must not be kept with its graph (detach it), for autograd
+    remembers the shapes in there. With `optimizer`, their state is reset, or with `carry` kept for shared
     directions and zero for new ones (papers 81 and 82 reset). Raises CTError, with nothing changed, for a K that a
     matrix or a calibrated basis does not allow.
     """

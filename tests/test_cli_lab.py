@@ -1,0 +1,127 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ctsft import cli_lab
+from ctsft.cli import app
+from ctsft.errors import CTError
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+
+
+def lab(*words):
+    result = CliRunner().invoke(app, ["lab", *map(str, words)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_list_names_every_experiment(here):
+    said = lab("list", "--profile", "quick")
+    for path in EXPERIMENTS.glob("*.toml"):
+        assert path.stem in said or path.stem in ("defaults", "claims"), path
+
+
+def test_outside_a_laboratory_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CTError, match="holds no laboratory"):
+        cli_lab.list_experiments()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["list", "--profile", "huge"], "there is no profile 'huge'"),
+        (["list", "--protocol", "kind"], "--protocol 'kind' is unknown"),
+        (["run", "no-such"], "there is no experiment 'no-such'"),
+    ],
+)
+def test_wrong_words_are_one_sentence(here, words, sentence, tmp_path):
+    with pytest.raises(CTError, match=sentence):
+        CliRunner().invoke(app, ["lab", *words, "--records", str(tmp_path)], catch_exceptions=False)
+
+
+def test_a_small_experiment_runs_resumes_and_is_reported(tmp_path):
+    """The whole way, from a TOML of one arm to tables, verdicts and the page; the second call computes nothing."""
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    (folder / "defaults.toml").write_text((EXPERIMENTS / "defaults.toml").read_text())
+    (folder / "claims.toml").write_text(
+        """
+[[claim]]
+id = "t.1"
+source = "ours"
+text = "K=4 trains 132 numbers."
+experiments = ["tiny"]
+predicate = "exact"
+metric = "trained"
+where = { k = 4, steps = 1 }
+number = 132
+effect = 0.0
+"""
+    )
+    (folder / "tiny.toml").write_text(
+        """
+title = "One arm"
+question = "Does it run?"
+source = "ours"
+base = { steps = 1, length = 8 }
+arms = [{ name = "only", k = [2, 4], rates = [0.01], seeds = 1 }]
+
+[[tables]]
+title = "Loss"
+columns = { K = "k", "Final loss" = "train_loss", Trained = "trained" }
+paper = [{ K = 2, "Final loss" = 9.5846 }]
+"""
+    )
+    words = ("run", "tiny", "--profile", "quick", "--experiments", folder, "--workers", 1)
+    said = lab(*words)
+    assert "9.5846" in said and "132" in said
+    kept = sorted((folder / "records").glob("*.json"))
+    assert len(kept) == 2
+    before = [p.stat().st_mtime_ns for p in kept]
+    lab(*words)
+    assert [p.stat().st_mtime_ns for p in kept] == before
+    lab("report", "--profile", "quick", "--experiments", folder, "--out", tmp_path / "lab.html")
+    assert "Does it run?" in (tmp_path / "lab.html").read_text()
+
+
+def test_verdicts_need_no_torch_and_stale_ones_are_told(tmp_path):
+    out = tmp_path / "VERDICTS.md"
+    (tmp_path / "records").mkdir()
+    words = ["lab", "verdicts", "--out", str(out), "--records", str(tmp_path / "records")]
+    code = f"""
+import sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition(".")[0] not in ("torch", "transformers", "peft"), name
+sys.meta_path.insert(0, NoTorch())
+sys.argv[1:1] = {words!r}
+from ctsft.cli import main
+main()
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    subprocess.run([*run, "--check"], cwd=ROOT, check=True)
+    out.write_text(out.read_text() + "more\n")
+    stale = subprocess.run([*run, "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert stale.returncode and "is stale" in stale.stderr
+
+
+def test_the_committed_verdicts_are_what_the_committed_records_say(here):
+    lab("verdicts", "--check")
+
+
+def test_records_are_json_of_this_format():
+    for path in (EXPERIMENTS / "records").glob("*.json"):
+        assert json.loads(path.read_text())["format"] == 1

@@ -1,0 +1,452 @@
+import io
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from ctsft import sweep as module
+from ctsft.errors import CTError
+from ctsft.experiment import TUNE_SEEDS, Arm, Records, Spec, choose_rate, due
+from ctsft.sweep import Clock, Workers, check_answers, in_process, make_engine, on_ray, processes, sweep
+
+# ------------------------------------------------------------------------------------------ runs that need no model
+
+# A spec's `model` is the folder where its runs sign in, its `text` how they behave, and its `k` tells the best rate.
+
+
+def record_of(spec):
+    distance = math.log10(spec.lr / best_rate(spec.k))
+    losses = [8.0, 4.0 + distance**2 + spec.seed / 1e5]
+    return {"spec": spec.model_dump(mode="json"), "train_loss": losses, "heldout": [[0, 8.0], [spec.steps, losses[1]]]}
+
+
+def best_rate(k):
+    return 0.005 * k
+
+
+def fake(spec):
+    started = len(starts(spec))
+    (Path(spec.model) / f"{spec.key}.{started}").write_text(str(os.getpid()))
+    if spec.text == "mistake":
+        raise CTError("there is no such text; name another.")
+    if spec.text == "bug":
+        raise ZeroDivisionError("told in two lines\nthe second")
+    if spec.text == "other":
+        return record_of(spec.model_copy(update={"seed": 77}))
+    if spec.text == "no json":
+        return record_of(spec) | {"measures": {1, 2}}
+    if spec.text == "dies" or (spec.text == "dies once" and spec.seed == 1 and started == 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if spec.text == "hangs" and spec.seed == 1:
+        time.sleep(60)
+    return record_of(spec)
+
+
+def interrupted(spec):
+    if len(list(Path(spec.model).iterdir())) == 4:
+        raise KeyboardInterrupt
+    return fake(spec)
+
+
+def threads_of(spec):
+    import torch
+
+    return record_of(spec) | {"threads": torch.get_num_threads(), "variable": os.environ["OMP_NUM_THREADS"]}
+
+
+def starts(spec):
+    return sorted(Path(spec.model).glob(f"{spec.key}.*"))
+
+
+def started(folder):
+    """How often each run was started, by key."""
+    return Counter(path.stem for path in Path(folder).iterdir())
+
+
+def plain(folder, text="", seeds=(0, 1, 2), **fields):
+    """An arm that is not tuned."""
+    return Arm(name="plain", spec=Spec(model=str(folder), text=text, **fields), seeds=seeds, rates=(5e-3,))
+
+
+def tuned(folder, k=1, rates=(0.0016, 0.005, 0.016), seeds=(0, 1), tune_seeds=1, **fields):
+    spec = Spec(model=str(folder), k=k, **fields)
+    return Arm(name="tuned", spec=spec, seeds=seeds, rates=rates, tune_seeds=tune_seeds)
+
+
+def on_disk(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def alive(pid):
+    """Whether the process computes or may yet: it is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(met, seconds=15.0):
+    end = time.monotonic() + seconds
+    while not met() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert met()
+
+
+def start_driver(folder, call):
+    """Another process that makes the `call`, with its records in `folder`/r."""
+    (folder / "r").mkdir()
+    (folder / "driver.py").write_text(
+        f"import sys\nfrom pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from ctsft.experiment import Records\nfrom ctsft.sweep import processes, sweep\n"
+        "from test_sweep import fake, plain\n"
+        f"if __name__ == '__main__':\n    records = Records(Path({str(folder / 'r')!r}))\n    {call}\n"
+    )
+    return subprocess.Popen([sys.executable, folder / "driver.py"])
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Where runs sign in."""
+    (tmp_path / "log").mkdir()
+    return tmp_path / "log"
+
+
+# ---------------------------------------------------------------------------------------------------- what is computed
+
+
+def test_only_what_is_missing_is_computed_and_written(log, tmp_path):
+    arm = plain(log)
+    specs = arm.final(5e-3)
+    report = sweep([arm], Records(tmp_path / "r"), fake)
+    assert report.finished == [s.key for s in specs] and not report.failed and not report.retried
+    whole = on_disk(tmp_path / "r")
+    assert sorted(whole) == sorted(f"{s.key}.json" for s in specs)
+
+    assert sweep([arm], Records(tmp_path / "r"), fake).finished == []
+    (tmp_path / "r" / f"{specs[1].key}.json").unlink()
+    assert sweep([arm], Records(tmp_path / "r"), fake).finished == [specs[1].key]
+    assert started(log) == {specs[0].key: 1, specs[1].key: 2, specs[2].key: 1}
+    assert on_disk(tmp_path / "r") == whole
+
+
+def test_every_record_is_on_disk_before_the_next_run_starts(log, tmp_path):
+    seen = []
+
+    def watching(spec):
+        seen.append(len(list((tmp_path / "r").glob("*.json"))))
+        return record_of(spec)
+
+    sweep([plain(log)], Records(tmp_path / "r"), watching)
+    assert seen == [0, 1, 2]
+
+
+def test_runs_that_arms_share_are_computed_once(log, tmp_path):
+    arms = [plain(log, seeds=(0, 1)), plain(log, seeds=(0, 1, 2)), plain(log, seeds=(2, 1))]
+    report = sweep(arms, Records(tmp_path / "r"), fake)
+    assert len(report.finished) == 3
+    assert set(started(log).values()) == {1}
+
+
+def test_shared_runs_that_are_in_flight_are_not_started_again(log, tmp_path):
+    """On four slots: one of three runs ends, and a free slot must not take one of the others again."""
+    submitted = {}
+
+    def end(specs):
+        for spec in specs:
+            submitted[spec].set_result(record_of(spec))
+
+    @contextmanager
+    def engine(run):
+        def submit(spec):
+            assert spec not in submitted
+            submitted[spec] = Future()
+            if len(submitted) == 3:
+                first, *rest = submitted
+                end([first])
+                threading.Timer(0.2, end, [rest]).start()
+            return submitted[spec]
+
+        yield Workers(4, submit)
+
+    sweep([plain(log, seeds=(0, 1)), plain(log, seeds=(0, 1, 2))], Records(tmp_path / "r"), fake, engine)
+    assert [spec.seed for spec in submitted] == [0, 1, 2]
+
+
+def test_the_grid_of_rates_grows_until_its_best_is_inside_then_the_seeds_run(log, tmp_path):
+    arm = tuned(log, k=10, tune_seeds=2)  # the best rate, 0.05, lies above the grid
+    records = Records(tmp_path / "r")
+    report = sweep([arm], records, fake)
+    choice = choose_rate(arm, records)
+    assert choice.bracketed and choice.lr == 0.051
+    assert [rate for rate, _ in choice.tried] == [0.0016, 0.005, 0.016, 0.051, 0.16]
+    assert not due(arm, records) and len(report.finished) == 5 * 2 + 2
+    assert report.finished[-2:] == [s.key for s in arm.final(0.051)]
+
+
+def test_tuning_goes_first_then_the_order_of_the_arms(log, tmp_path):
+    order = []
+
+    def noting(spec):
+        order.append(("tunes" if spec.seed in TUNE_SEEDS else "final", spec.steps))
+        return record_of(spec)
+
+    sweep([plain(log, steps=3, seeds=(0,)), tuned(log, steps=2), tuned(log, steps=1)], Records(tmp_path / "r"), noting)
+    assert order == [("tunes", 2)] * 3 + [("tunes", 1)] * 3 + [("final", 3)] + [("final", 2)] * 2 + [("final", 1)] * 2
+
+
+def test_an_arm_does_not_wait_for_a_slower_one(log, tmp_path):
+    """One slot is held by the first arm's first run until the second arm has come to its seeds."""
+    slow, quick = tuned(log, k=1, steps=1000), tuned(log, k=1, steps=10)
+    held, order = Future(), []
+
+    @contextmanager
+    def engine(run):
+        def submit(spec):
+            order.append(spec)
+            if len(order) == 1:
+                return held
+            if spec in quick.final(0.005) and not held.done():
+                held.set_result(record_of(order[0]))
+            future = Future()
+            future.set_result(record_of(spec))
+            return future
+
+        timer = threading.Timer(5, lambda: held.set_exception(AssertionError("the quick arm waits for the slow one")))
+        timer.start()
+        yield Workers(2, submit)
+        timer.cancel()
+
+    report = sweep([slow, quick], Records(tmp_path / "r"), fake, engine)
+    assert not report.retried and not report.failed and order[0] == slow.tuning(0.0016)[0]
+    assert not due(slow, Records(tmp_path / "r")) and not due(quick, Records(tmp_path / "r"))
+
+
+# ------------------------------------------------------------------------------------------------------ runs that fail
+
+
+@pytest.mark.parametrize("engine", [in_process, processes(1)], ids=["in process", "a process"])
+def test_a_failed_run_stops_neither_the_others_nor_the_sweep(log, tmp_path, engine):
+    texts = ("", "mistake", "bug", "other", "no json")
+    arms = [plain(log, text=text, seeds=(0,), k=k) for k, text in enumerate(texts, 1)]
+    good, mistake, bug, other, no_json = (arm.final(5e-3)[0].key for arm in arms)
+    report = sweep(arms[1:] + arms[:1], Records(tmp_path / "r"), fake, engine)
+    assert report.finished == [good] and list(on_disk(tmp_path / "r")) == [f"{good}.json"]
+    assert report.failed == {
+        mistake: "there is no such text; name another.",
+        bug: "ZeroDivisionError: the second",
+        other: "ValueError: the record is that of another spec",
+        no_json: "TypeError: Object of type set is not JSON serializable",
+    }
+    assert "in fake" in report.tracebacks[bug] and "told in two lines" in report.tracebacks[bug]
+    out = io.StringIO()
+    Console(file=out, width=200).print(report.table())
+    assert bug in out.getvalue() and "there is no such text; name another." in out.getvalue()
+    assert set(started(log).values()) == {1} and not report.retried
+
+
+def test_an_arm_whose_tuning_fails_goes_no_further_and_is_tried_again_by_the_next_sweep(log, tmp_path):
+    bad, good = tuned(log, text="mistake"), tuned(log)
+    report = sweep([bad, good], Records(tmp_path / "r"), fake)
+    assert sorted(report.failed) == sorted(s.key for lr in bad.rates for s in bad.tuning(lr))
+    assert len(due(bad, Records(tmp_path / "r"))) == 3 and not due(good, Records(tmp_path / "r"))
+    assert len(sweep([bad, good], Records(tmp_path / "r"), fake).failed) == 3
+
+
+def test_a_function_is_also_found_by_its_name(log, tmp_path):
+    assert len(sweep([plain(log)], Records(tmp_path / "r"), "test_sweep:fake").finished) == 3
+    report = sweep([plain(log, seeds=(5,))], Records(tmp_path / "r"), "ctsft.nowhere:run")
+    assert list(report.failed.values()) == ["ModuleNotFoundError: No module named 'ctsft.nowhere'"]
+
+
+# ----------------------------------------------------------------------------------------------- workers that are lost
+
+
+def test_a_killed_worker_s_run_is_retried_and_the_records_are_those_of_an_undisturbed_sweep(log, tmp_path):
+    arms = [plain(log, text="dies once", seeds=range(6)), tuned(log, k=10)]
+    for spec in arms[0].final(5e-3)[1:2]:
+        (log / f"{spec.key}.0").touch()  # it has died already
+    sweep(arms, Records(tmp_path / "calm"), fake)
+    for path in log.iterdir():
+        path.unlink()
+
+    report = sweep(arms, Records(tmp_path / "r"), fake, processes(2))
+    victim = arms[0].final(5e-3)[1]
+    assert report.retried == {victim.key: 1} and not report.failed
+    assert started(log) == dict.fromkeys(report.finished, 1) | {victim.key: 2}, "a bystander was started again"
+    assert on_disk(tmp_path / "r") == on_disk(tmp_path / "calm")
+
+
+def test_a_run_that_always_loses_its_worker_is_given_up(log, tmp_path):
+    arms = [plain(log, text="dies", seeds=(0,)), plain(log)]
+    report = sweep(arms, Records(tmp_path / "r"), fake, processes(2))
+    (key,) = report.failed
+    assert key == arms[0].final(5e-3)[0].key and report.failed[key].startswith("its worker died 3 times (BrokenProcess")
+    assert started(log)[key] == 3 and report.retried == {key: 2} and len(report.finished) == 3
+
+
+def test_a_worker_that_dies_between_two_runs_costs_no_retry(log, tmp_path):
+    specs = plain(log).final(5e-3)
+    with processes(1)(fake) as workers:
+        assert workers.submit(specs[0]).result() == record_of(specs[0])
+        (first,) = started_pids(log)
+        os.kill(first, signal.SIGKILL)
+        wait_until(lambda: not Path(f"/proc/{first}").exists())
+        time.sleep(0.2)
+        assert workers.submit(specs[1]).result() == record_of(specs[1])
+
+
+def started_pids(folder):
+    return {int(path.read_text() or 0) for path in Path(folder).iterdir()}
+
+
+def test_every_worker_has_its_threads(log, tmp_path):
+    records = Records(tmp_path / "r")
+    sweep([plain(log, seeds=(0,))], records, threads_of, processes(1, threads=2))
+    (record,) = records.values()
+    assert (record["threads"], record["variable"]) == (2, "2")
+
+
+def test_a_worker_that_has_torch_already_has_its_threads_too():
+    code = (
+        "import torch\nfrom multiprocessing import Pipe\nfrom ctsft.sweep import start_worker\n"
+        "ends = Pipe(duplex=False)\nstart_worker(ends[0], 3)\nprint(torch.get_num_threads())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "3\n"
+
+
+# ------------------------------------------------------------------------------------------------------ stop and resume
+
+
+def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on_from_there(log, tmp_path):
+    arms = [tuned(log, k=10)]
+    with pytest.raises(KeyboardInterrupt):
+        sweep(arms, Records(tmp_path / "r"), interrupted)
+    assert len(on_disk(tmp_path / "r")) == 4
+    report = sweep(arms, Records(tmp_path / "r"), fake)
+    assert len(report.finished) == 5 + 2 - 4 and set(started(log).values()) == {1}
+
+
+@linux
+def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(log, tmp_path):
+    arm = plain(log, text="hangs")
+    hangs = arm.final(5e-3)[1]
+
+    def press():
+        wait_until(lambda: starts(hangs) and len(list((tmp_path / "r").glob("*.json"))) == 2)
+        os.kill(int(starts(hangs)[0].read_text()), signal.SIGINT)  # a terminal sends it to the workers too
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=press)
+    thread.start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sweep([arm], Records(tmp_path / "r"), fake, processes(2))
+    thread.join()
+    assert len(starts(hangs)) == 1 and time.monotonic() - began < 30
+    assert not any(alive(pid) for pid in started_pids(log))
+    assert sorted(on_disk(tmp_path / "r")) == sorted(f"{s.key}.json" for s in arm.final(5e-3) if s != hangs)
+
+
+@linux
+def test_a_killed_driver_leaves_no_workers_and_the_next_one_resumes(log, tmp_path):
+    arm = plain(log, text="hangs", seeds=range(4))
+    driver = start_driver(
+        tmp_path, f"sweep([plain({str(log)!r}, text='hangs', seeds=range(4))], records, fake, processes(2))"
+    )
+    wait_until(lambda: len(on_disk(tmp_path / "r")) == 3 and len(list(log.iterdir())) == 4, 30)
+    driver.kill()
+    driver.wait()
+    wait_until(lambda: not any(alive(pid) for pid in started_pids(log)))
+
+    kept = on_disk(tmp_path / "r")
+    report = sweep([arm], Records(tmp_path / "r"), record_of)
+    assert report.finished == [arm.final(5e-3)[1].key]
+    now = on_disk(tmp_path / "r")
+    assert len(now) == 4 and kept.items() < now.items()
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+
+def test_make_engine(monkeypatch):
+    assert make_engine("process", 1) is in_process
+    monkeypatch.setattr(module, "cores", lambda: 4)
+    with make_engine("process")(fake) as workers:
+        assert workers.slots == 4
+    with make_engine("process", threads=2)(fake) as workers:
+        assert workers.slots == 2
+    assert make_engine("process", threads=4) is in_process
+    with pytest.raises(CTError, match="no engine 'dask'; choose process or ray"):
+        make_engine("dask")
+    with pytest.raises(CTError, match="an address is for the engine ray"):
+        make_engine("process", address="here:1")
+
+
+def test_without_ray_the_sentence_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(CTError, match=r"pip install 'ctsft\[ray\]'"), on_ray()(fake):
+        pass
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere"])
+def test_an_address_where_nothing_answers(address):
+    with pytest.raises(CTError, match=f"no Ray cluster answers at '{address}'"):
+        check_answers(address)
+
+
+@pytest.mark.filterwarnings("ignore:::ray")
+def test_ray_retries_a_killed_worker_s_run(log, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("CTSFT_MODELS", "travels")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    arms = [plain(log, text="dies once", seeds=range(4)), plain(log, text="bug", seeds=(0,))]
+    report = sweep(arms, Records(tmp_path / "r"), "test_sweep:fake", on_ray(workers=2))
+    victim, bug = arms[0].final(5e-3)[1].key, arms[1].final(5e-3)[0].key
+    assert report.retried == {victim: 1} and report.failed == {bug: "ZeroDivisionError: the second"}
+    assert started(log) == dict.fromkeys([*report.finished, bug], 1) | {victim: 2}
+    sweep(arms[:1], Records(tmp_path / "calm"), record_of)
+    assert on_disk(tmp_path / "r") == on_disk(tmp_path / "calm")
+
+
+# ------------------------------------------------------------------------------------------------------------- progress
+
+
+def test_off_a_terminal_every_run_has_its_line(log, tmp_path):
+    out = io.StringIO()
+    arm = tuned(log)
+    sweep([arm], Records(tmp_path / "r"), fake, console=Console(file=out, width=120))
+    lines = [line for line in out.getvalue().splitlines() if " left" in line and "━" not in line]
+    assert [line.split()[0] for line in lines] == [f"{i}/5" for i in range(1, 6)], "seeds count while the arm tunes"
+    assert lines[-1].endswith(f"{arm.final(0.005)[1].key}, 0:00:00 left")
+
+
+def test_the_bar_shows_the_run_at_work(log, tmp_path):
+    out = io.StringIO()
+    sweep([plain(log)], Records(tmp_path / "r"), fake, console=Console(file=out, width=120, force_terminal=True))
+    assert "3/3" in out.getvalue() and "done" in out.getvalue()
+
+
+def test_the_estimate_goes_by_tokens_and_model():
+    clock, one = Clock(), Spec(model="a", steps=10, batch=2, length=50)
+    assert clock.estimate([one]) is None
+    clock.add(one, 10.0)
+    other = one.model_copy(update={"model": "b"})
+    assert clock.estimate([one.model_copy(update={"steps": 40}), other]) == pytest.approx(40 + 10)
+    clock.add(other, 30.0)
+    assert clock.estimate([one, other, one.model_copy(update={"model": "c"})]) == pytest.approx(10 + 30 + 20)
+    assert clock.estimate([one.model_copy(update={"steps": 0})]) == pytest.approx(1.0)
