@@ -25,6 +25,7 @@ Protocol = Annotated[
     str, typer.Option(help="honest (tuned, several seeds) or paper (to the letter: lr 5e-3, one seed).")
 ]
 HERE = Path("experiments")
+WIDE = 200  # columns of a table that goes to a file or pipe
 
 
 def opened(folder: Path, records: Path | None) -> tuple[Any, Any]:
@@ -124,12 +125,17 @@ def show_tables(laboratory: Any, name: str, records: Any, profile: str, protocol
 
     experiment = laboratory.experiments[name]
     rows = summary.rows(laboratory, name, records, profile, protocol)
+    console = out_console if out_console.is_terminal else Console(width=WIDE)
     for wanted in experiment.tables:
         heads, cells = summary.table(experiment, wanted, rows)
-        table = Table(*heads, title=f"{name}: {wanted.title}", title_justify="left")
+        if not summary.chosen(rows, wanted.where):
+            continue  # its arms are not in this profile
+        table = Table(title=f"{name}: {wanted.title}", title_justify="left")
+        for head in heads:
+            table.add_column(head, overflow="fold")
         for line in cells:
             table.add_row(*line)
-        out_console.print(table, markup=False)
+        console.print(table, markup=False)
 
 
 @lab.command("verdicts", epilog="Example: ctsft lab verdicts --check")

@@ -180,6 +180,7 @@ class Figure(Strict):
     by: str = ""
     where: dict[str, Any] = {}
     log_x: bool = False
+    log_y: bool = Field(default=False, description="for values above 0 only")
     paper: list[tuple[float, float]] = Field(default=[], description="the paper's own points (x, y)")
     law: str = Field(default="", description="a named curve that is drawn beside the points, see lab_report")
 
@@ -236,7 +237,7 @@ def read_laboratory(folder: Path) -> Laboratory:
     """`defaults.toml` and every other experiment of `folder`; CTError names the file and every wrong key."""
     defaults = _toml(folder / "defaults.toml")
     experiments = {}
-    for path in sorted(folder.glob("*.toml")):
+    for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem):
         if path.name not in ("defaults.toml", "claims.toml"):
             experiments[path.stem] = _checked(path, Experiment, {"name": path.stem} | _toml(path))
     if not experiments:

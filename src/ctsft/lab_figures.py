@@ -49,6 +49,7 @@ AXES = {  # what axes are called; other metrics by their own name
     "param_steps": "counted numbers \N{MULTIPLICATION SIGN} updates",
     "adapter_bytes": "adapter, bytes",
     "train_loss": "loss on the step's batch, nats per token",
+    "first_heldout": "held-out loss before training, nats per token",
     "heldout": "held-out loss, nats per token",
     "heldout_loss": "held-out loss, nats per token",
     "loss_drop": "loss drop on the step's batch, nats per token",
@@ -57,7 +58,10 @@ AXES = {  # what axes are called; other metrics by their own name
     "fraction_of_full_sft": "held-out loss drop / full SFT's",
     "fraction_of_full_sft_train": "loss drop on the step's batch / full SFT's",
     "fraction_of_lora_r8": "held-out loss drop / LoRA r8's",
-    "coverage_diagonal": "share of the gradient's energy in the K directions",
+    "variance_explained": "share of |W|\N{SUPERSCRIPT TWO} in the span of the basis",
+    "coverage_diagonal": "share of the gradient's energy on the diagonal of the K directions",
+    "coverage_output": "share of the gradient's energy on the output side of the K directions",
+    "coverage_diagonal.first": "share of the gradient's energy on the diagonal, before training",
     "true_effective_rank": "effective rank of \N{PARTIAL DIFFERENTIAL}L/\N{PARTIAL DIFFERENTIAL}W",
     "cosine": "cosine of consecutive gradients",
 }
@@ -321,7 +325,10 @@ def drawing(
             return
         draw_laws(ax, figure, places, shapes)
         span = max(centres) - min(centres)  # two seeds have huge intervals: they may leave the plot, the means may not
-        if span:
+        if figure.log_y and min(centres) > 0:
+            ax.set_yscale("log")
+            ax.set_ylim(min(centres) / 2, max(centres) * 2)
+        elif span:
             bottom, top = ax.get_ylim()
             ax.set_ylim(max(bottom, min(centres) - 0.8 * span), min(top, max(centres) + 0.8 * span))
         ax.set(xlabel=axis(figure.x))

@@ -11,7 +11,7 @@ from ctsft.experiment import Laboratory, arms, choose_rate
 from ctsft.lab_figures import RAMP, check, picture, told, varying
 from ctsft.record import write_text
 from ctsft.report import COLOURS, STYLE, duration, number, size, words
-from ctsft.summary import Row, rows, table
+from ctsft.summary import Row, chosen, rows, table
 
 if TYPE_CHECKING:
     from ctsft.claim import Verdict
@@ -74,8 +74,14 @@ def section(
         "rows": found,
         "done": len(ran),
         "wanted": sum(len(row.seeds) for row in found),
-        "tables": [(t.title, *table(experiment, t, found)) for t in experiment.tables] if ran else [],
-        "pictures": [picture(f"e{name}-{i}", figure, found) for i, figure in enumerate(experiment.figures) if ran],
+        "tables": [
+            (t.title, *table(experiment, t, found)) for t in experiment.tables if ran and chosen(found, t.where)
+        ],
+        "pictures": [
+            picture(f"e{name}-{i}", figure, found)
+            for i, figure in enumerate(experiment.figures)
+            if ran and chosen(found, figure.where)
+        ],
         "recipe": recipe(laboratory, name, found, records, profile, protocol),
         "common": common(found),
         "machines": sorted({words(record["machine"]) for record in ran}),

@@ -373,6 +373,8 @@ def cell(found: Any) -> str:
         return "\N{EN DASH}"
     if isinstance(found, bool):
         return "yes" if found else "no"
+    if isinstance(found, float) and found.is_integer() and abs(found) >= 1000:
+        found = int(found)
     return f"{found:,}" if isinstance(found, int | float) else str(found)
 
 
