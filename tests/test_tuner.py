@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+import ctsft.tuner
 from ctsft import CTConfig, CTError, resize, save_adapter
 from ctsft.layer import CTLayer
 from ctsft.tuner import find_targets, fitted, make_plan
@@ -573,3 +574,17 @@ def test_trl_refuses_an_adapted_head_whichever_use_was_named(tmp_path):
     for name in ("lm_head", "embed_tokens"):
         with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
             trainer(tiny(), tmp_path, CTConfig(k=2, target_modules=[name]))
+
+
+def test_the_universal_basis_of_the_last_model_is_made_once(monkeypatch):
+    made = []
+    make = ctsft.tuner.universal_gram
+    monkeypatch.setattr(ctsft.tuner, "LAST_UNIVERSAL", {})
+    monkeypatch.setattr(ctsft.tuner, "universal_gram", lambda *a: made.append(1) or make(*a))
+    first, again = (ctsft.tuner.universal_directions(tiny(), 16) for _ in range(2))
+    assert first is again and len(made) == 1
+    other = tiny()
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1e-3
+    assert not torch.equal(ctsft.tuner.universal_directions(other, 16), first)
+    assert len(made) == 2 and len(ctsft.tuner.LAST_UNIVERSAL) == 1
