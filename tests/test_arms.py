@@ -106,9 +106,9 @@ def test_every_arm_starts_at_the_base_and_trains_what_it_names_and_no_more(shape
 
     assert equipped.shapes == expected_shapes(shape, method, wanted)
     assert equipped.trained == expected_count(shape, method, wanted)
-    assert len(equipped.adapted) == len(equipped.shapes) == len(set(equipped.adapted))
-    assert sum(n.endswith(EMBEDDING[shape]) for n in equipped.adapted) == equipped.shapes[:1].count(TABLE)
-    assert (HEAD[shape] in equipped.adapted) == (wanted == "last2+head" and method != "norms")
+    assert len(equipped.names) == len(equipped.shapes) == len(set(equipped.names))
+    assert sum(n.endswith(EMBEDDING[shape]) for n in equipped.names) == equipped.shapes[:1].count(TABLE)
+    assert (HEAD[shape] in equipped.names) == (wanted == "last2+head" and method != "norms")
 
     before = everything(equipped.model)
     trains = {n for n, p in equipped.model.named_parameters() if p.requires_grad}
@@ -143,7 +143,7 @@ def test_every_basis_starts_at_the_base(shape, method, basis):
     equipped = equip(three(shape), spec(method, basis=basis), batches())
     assert_same_bits(logits(equipped.model.eval()), logits(three(shape)))
     embedding = basis != "activation"  # an embedding's inputs are ids
-    assert any(n.endswith(EMBEDDING[shape]) for n in equipped.adapted) == embedding
+    assert any(n.endswith(EMBEDDING[shape]) for n in equipped.names) == embedding
     assert len(equipped.shapes) == 3 * len(BLOCK[shape]) + embedding
 
 

@@ -23,7 +23,6 @@ from ctsft.experiment import (
     choose_rate,
     due,
     finals,
-    matching,
     rate,
     read_laboratory,
     replaced,
@@ -470,14 +469,6 @@ def test_a_file_that_is_no_record(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(CTError, match=r"x\.json (is no record of this ctsft; move it|cannot be read as JSON)"):
         Records(tmp_path)
-
-
-def test_matching_takes_values_and_lists_of_them():
-    records = [record(Spec(k=k, tied=tied), 5.0) for k in (2, 4, 8) for tied in (True, False)]
-    assert matching(records, {}) == records
-    assert matching(records, {"k": [2, 8], "tied": False}) == [records[1], records[5]]
-    assert matching(records, {"k": 4}) == records[2:4]
-    assert matching(records, {"k": 3}) == []
 
 
 # ------------------------------------------------------------------------------------------- the experiments themselves

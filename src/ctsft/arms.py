@@ -50,6 +50,7 @@ class Equipped:
     """A model with what `spec` trains, and nothing else, set to train.
 
     names, shapes: adapted matrices and their (d_out, d_in), in the model's order, a tied one once; none for `norms`.
+    Methods that know no embedding leave it out.
     """
 
     model: nn.Module
@@ -58,11 +59,6 @@ class Equipped:
     shapes: list[tuple[int, int]]
     base: frozenset[nn.Parameter] = field(repr=False)  # the parameters of the bare model
     base_buffer_bytes: int = field(repr=False)
-
-    @property
-    def adapted(self) -> list[str]:
-        """`names`; methods that know no embedding leave it out."""
-        return self.names
 
     @property
     def trainable(self) -> list[nn.Parameter]:

@@ -95,10 +95,10 @@ def run_experiments(
     with err.status("starting"):
         from ctsft.lab import absent, run
         from ctsft.sweep import make_engine, sweep
-    missing = sorted({why for arm in every if (why := absent(arm.spec))})
-    for why in missing:
+    reasons = [absent(arm.spec) for arm in every]
+    for why in sorted({why for why in reasons if why}):
         err.print(f"left out: {why}", style="yellow", highlight=False)
-    every = [arm for arm in every if not absent(arm.spec)]
+    every = [arm for arm, why in zip(every, reasons, strict=True) if not why]
     chosen_engine = make_engine(engine, workers=workers, address=address)
     try:
         report = sweep(every, known, run, chosen_engine, console=err)
@@ -127,9 +127,9 @@ def show_tables(laboratory: Any, name: str, records: Any, profile: str, protocol
     rows = summary.rows(laboratory, name, records, profile, protocol)
     console = out_console if out_console.is_terminal else Console(width=WIDE)
     for wanted in experiment.tables:
-        heads, cells = summary.table(experiment, wanted, rows)
         if not summary.chosen(rows, wanted.where):
             continue  # its arms are not in this profile
+        heads, cells = summary.table(experiment, wanted, rows)
         table = Table(title=f"{name}: {wanted.title}", title_justify="left")
         for head in heads:
             table.add_column(head, overflow="fold")

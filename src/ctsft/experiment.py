@@ -388,13 +388,3 @@ def finals(arm: Arm, records: Mapping[str, dict[str, Any]]) -> tuple[Choice, lis
     if choice.lr is None:
         return choice, []
     return choice, [records[s.key] for s in arm.final(choice.lr) if s.key in records]
-
-
-def matching(records: Iterable[dict[str, Any]], where: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The records whose spec has all the values of `where` (a list: any of them)."""
-    return [r for r in records if all(_fits(Spec(**r["spec"]), name, wanted) for name, wanted in where.items())]
-
-
-def _fits(spec: Spec, name: str, wanted: Any) -> bool:
-    value = getattr(spec, name)
-    return value in wanted if isinstance(wanted, list) else value == wanted

@@ -6,7 +6,6 @@ Trainer's, because K changes in mid-run, one batch may serve every step, and the
 
 import copy
 import os
-import platform
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,7 +30,7 @@ from ctsft.experiment import FORMAT, PAPER_LR, TUNE_SEEDS, Spec, replaced
 from ctsft.layer import CTLayer
 from ctsft.models import BUILTIN as BUILTIN_MODELS
 from ctsft.models import Loaded, load_model
-from ctsft.record import versions
+from ctsft.record import cpu_name, versions
 from ctsft.schedule import k_at
 from ctsft.tuner import resize
 from ctsft.weights import matrix
@@ -312,9 +311,8 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         spec, equipped = self.spec, self.equipped
-        tuning = (
-            spec.seed in TUNE_SEEDS and spec.batches == "fixed"
-        )  # judged by that batch, so nothing else is measured
+        # A tuning run on one batch is judged by that batch, so nothing else is measured.
+        tuning = spec.seed in TUNE_SEEDS and spec.batches == "fixed"
         if not tuning:
             self.evaluate(0)
         measures = measured_at_start(equipped)
@@ -322,7 +320,7 @@ class Run:
         if spec.steps == 0:
             self.train_loss.append(self.fixed_loss())
             self.probes.measure(self.model, 0)
-        optimizer = torch.optim.Adam([p for p in self.model.parameters() if p.requires_grad], lr=spec.lr)
+        optimizer = torch.optim.Adam(equipped.trainable, lr=spec.lr)
         k, diverged = spec.k, False
         for step in range(spec.steps):
             if spec.schedule and (new := k_at(spec.schedule, step, spec.steps)) != k:
@@ -363,10 +361,14 @@ class Run:
         return {
             "format": FORMAT,
             "spec": spec.model_dump(mode="json"),
-            "adapted": {"matrices": len(equipped.shapes), "shapes": [list(s) for s in equipped.shapes]},
+            "adapted": {
+                "matrices": len(equipped.shapes),
+                "names": equipped.names,
+                "shapes": [list(s) for s in equipped.shapes],
+            },
             "trained": equipped.trained,
             "counted": equipped.counted(k),
-            "adapter_bytes": self.equipped.adapter_bytes() if spec.schedule else self.adapter_bytes,
+            "adapter_bytes": equipped.adapter_bytes() if spec.schedule else self.adapter_bytes,
             "memory_bytes": equipped.memory_bytes,
             "tokens": done * spec.batch * spec.length,
             "flops": flops * done,
@@ -378,7 +380,7 @@ class Run:
             "measures": measures,
             "diverged": diverged,
             "versions": versions(),
-            "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+            "machine": {"processor": cpu_name(), "threads": torch.get_num_threads()},
         }
 
 

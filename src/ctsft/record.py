@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,3 +51,14 @@ def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
     share, n = hits / total, z * z / total
     middle, half = share + n / 2, z * (share * (1 - share) / total + n / (4 * total)) ** 0.5
     return max(0.0, (middle - half) / (1 + n)), min(1.0, (middle + half) / (1 + n))
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

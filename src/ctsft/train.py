@@ -36,7 +36,7 @@ from ctsft.inspection import spectra_of
 from ctsft.layer import CTLayer
 from ctsft.models import load_model
 from ctsft.recipe import Recipe, auto_lr, read_recipe
-from ctsft.record import read_json, versions, wilson, write_json, write_text
+from ctsft.record import cpu_name, read_json, versions, wilson, write_json, write_text
 from ctsft.report import write_report
 from ctsft.store import adapted, save_adapter
 from ctsft.weights import clean_name, matrix
@@ -600,14 +600,3 @@ def samples(corpus: Corpus, before: dict[str, Any], after: dict[str, Any], n: in
 
 def as_text(turns: Any) -> str:
     return turns if isinstance(turns, str) else "\n".join(f"{t['role']}: {t['content']}" for t in turns)
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
