@@ -20,7 +20,7 @@ FLOORS = {
         "stats",
         "claim",
     ],  # plain values, no torch
-    1: ["spectrum", "basis"],  # tensor algebra
+    1: ["spectrum", "basis", "fused"],  # tensor algebra
     2: ["weights", "photonic", "corpus", "models"],  # what is adapted, and the text
     3: ["config", "layer", "store", "tuner", "calibration", "export", "inspection"],  # the adapter
     4: ["report", "lab_figures", "lab_report"],  # pages from plain records

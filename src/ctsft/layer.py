@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ctsft.basis import Basis
 from ctsft.config import CTConfig
 from ctsft.errors import CTError
+from ctsft.fused import AdaptedLinear
 from ctsft.weights import matrix
 
 
@@ -139,12 +140,12 @@ class CTLayer(nn.Module, BaseTunerLayer):
     def replaces(self, name: str) -> bool:
         return self.ctsft_config[name].universal_mode == "replace"
 
-    def scaled(self, name: str, z: Tensor) -> Tensor:
-        """Drop whole directions of `z` (..., K), float32, for one training step (amplitude dropout)."""
-        p = self.ctsft_config[name].amplitude_dropout
+    def dropped(self, name: str) -> Tensor:
+        """`coefficients` without the directions that amplitude dropout drops for one training step."""
+        c, p = self.coefficients(name), self.ctsft_config[name].amplitude_dropout
         if not self.training or p == 0:
-            return z
-        return z * F.dropout(torch.ones(z.shape[-1], device=z.device), p)
+            return c
+        return c * F.dropout(torch.ones(c.shape[-1], device=c.device), p)
 
     def delta(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the output for input `x` (..., d_in); for `replace`, all of W x.
@@ -152,10 +153,9 @@ class CTLayer(nn.Module, BaseTunerLayer):
         Products with the trained C run in float32; those with frozen factors in the wider of their and the input's
         dtype.
         """
-        basis, c = self.ready(name), self.coefficients(name)
+        basis, c = self.ready(name), self.dropped(name)
         dtype = torch.promote_types(x.dtype, basis.dtype)
         z = x.float() @ c if basis.vh is None else F.linear(x.to(dtype), basis.vh.to(dtype)).float()
-        z = self.scaled(name, z)
         if basis.u is None:
             return F.linear(z, c)
         if basis.vh is not None:
@@ -225,20 +225,44 @@ class CTLayer(nn.Module, BaseTunerLayer):
 
 
 class CTLinear(CTLayer):
-    """Adapters of a Linear or Conv1D."""
+    """Adapters of a Linear or Conv1D. One adapter on a bare, frozen Linear goes the fast way: the same, in one node."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [] if self.disable_adapters or self.merged else self.present()
+        if len(names) != 1 or self.replaces(names[0]) or not self.bare(x):
+            return super().forward(x, *args, **kwargs)
+        base, basis, c = cast(nn.Linear, self.base_layer), self.ready(names[0]), self.dropped(names[0])
+        return AdaptedLinear.apply(x, base.weight, base.bias, basis.u, c, basis.vh)  # type: ignore[no-any-return]
+
+    def bare(self, x: Tensor) -> bool:
+        """Whether calling the base module on `x` does nothing but the product with its frozen weight.
+
+        Not so under hooks, autocast, torch.compile (which fuses by itself) or torch.func.
+        """
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and not any(p.requires_grad for p in base.parameters(recurse=False))
+            and "forward" not in vars(base)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and x.dtype == base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        )
 
 
 class CTEmbedding(CTLayer):
     """Adapters of an Embedding, W (vocabulary, d_model): row ids pick rows of the left factor."""
 
     def delta(self, name: str, x: Tensor) -> Tensor:
-        basis, c = self.ready(name), self.coefficients(name)
+        basis, c = self.ready(name), self.dropped(name)
         z = F.embedding(x, c if basis.u is None else basis.u).float()
         if basis.vh is None:
-            return self.scaled(name, z) @ c.T * self.scale()
+            return z @ c.T * self.scale()
         if basis.u is not None:
             z = z * c if c.ndim == 1 else z @ c
-        return self.scaled(name, z) @ basis.vh.float() * self.scale()
+        return z @ basis.vh.float() * self.scale()
 
     def scale(self) -> Tensor | float:
         """Factor that some embeddings (Gemma's) put on their output."""
