@@ -387,9 +387,9 @@ def test_inspect(ctsft, files, tmp_path):
 def test_inspect_universal_does_not_load_the_model(ctsft, files, tmp_path, monkeypatch):
     whole = json.loads(ctsft("inspect", files[0], "--k", "5", "--json")[1])["universal"]
     monkeypatch.setattr("ctsft.models.load_model", None)
-    code, out, err = ctsft("inspect", files[0], "--universal", "--k", "5", "--json")
+    code, out, _ = ctsft("inspect", files[0], "--universal", "--k", "5", "--json")
     assert code == 0 and json.loads(out) == {"model": files[0], "d_model": 32, "k": 5, "universal": whole}
-    code, out, err = ctsft("inspect", files[0], "--universal", "--k", "5")
+    code, out, _ = ctsft("inspect", files[0], "--universal", "--k", "5")
     lines = [line.split() for line in out.splitlines()]
     assert code == 0 and ["5", f"{whole['explained']:.1%}"] in lines and ["32", "100.0%"] in lines
     for arguments, message in (

@@ -59,7 +59,9 @@ def checked(name: str, module: nn.Module) -> Tensor:
 
 def check_finite(name: str, weight: Tensor) -> None:
     """CTError where `weight`, of any shape but empty, has a NaN or an infinite number."""
-    if not all(extreme.isfinite() for extreme in torch.aminmax(weight)):  # a NaN anywhere is both extremes
+    with one_thread():  # it reads as fast as memory gives; where cores are busy, threads would wait for each other
+        extremes = torch.aminmax(weight)
+    if not all(extreme.isfinite() for extreme in extremes):  # a NaN anywhere is both extremes
         raise CTError(f"{name} has NaN or infinite weights; the checkpoint is damaged, use another one.")
 
 
@@ -160,12 +162,13 @@ def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     (Of float64 it does: its values are hashed as they are.) What is neither float32 nor float64 is hashed as float32.
     """
     total, buffer = xxhash.xxh3_128(), torch.empty(CHUNK)
-    for name, weight in sorted(weights, key=lambda pair: pair[0]):
-        total.update(f"{name} {tuple(weight.shape)} ".encode())
-        flat = weight.detach().cpu().contiguous().view(-1)
-        if weight.dtype in (torch.float32, torch.float64):
-            total.update(flat.numpy())  # type: ignore[arg-type]
-            continue
-        for piece in flat.split(CHUNK):
-            total.update(buffer[: len(piece)].copy_(piece).numpy())  # type: ignore[arg-type]
+    with one_thread():
+        for name, weight in sorted(weights, key=lambda pair: pair[0]):
+            total.update(f"{name} {tuple(weight.shape)} ".encode())
+            flat = weight.detach().cpu().contiguous().view(-1)
+            if weight.dtype in (torch.float32, torch.float64):
+                total.update(flat.numpy())  # type: ignore[arg-type]
+                continue
+            for piece in flat.split(CHUNK):
+                total.update(buffer[: len(piece)].copy_(piece).numpy())  # type: ignore[arg-type]
     return f"xxh3-{total.hexdigest()}"
