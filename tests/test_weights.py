@@ -66,11 +66,15 @@ def put(value):
             r"the_name is quantised \(torch.int8\); load the model in bfloat16 or float32",
         ),
         (
+            nn.Linear(3, 2).to(torch.float8_e5m2),
+            r"the_name is quantised \(torch.float8_e5m2\); load the model in bfloat16 or float32",
+        ),
+        (
             broken(lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(0)))),
             r"the_name holds a sharded or empty weight; gather it",
         ),
     ],
-    ids=("layer norm", "meta", "nan", "infinite", "integers", "sharded"),
+    ids=("layer norm", "meta", "nan", "infinite", "integers", "eight bits", "sharded"),
 )
 def test_what_has_no_spectrum_is_refused(module, message):
     with pytest.raises(CTError, match=message):

@@ -20,10 +20,8 @@ from ctsft.spectrum import one_thread
 MATRIX_MODULES = (nn.Linear, Conv1D, nn.Embedding)
 WRITERS = ("o_proj", "out_proj", "c_proj", "down_proj", "fc2", "fc_out", "proj", "down", "wo", "dense_4h_to_h")
 ROWS = 8192  # rows that are in memory as float64 at once
-WHOLE, BLOCK = (
-    1024,
-    256,
-)  # wider Gram matrices than WHOLE are made as a lower triangle, BLOCK columns or fewer at a time
+WHOLE = 1024  # a wider Gram matrix is made as a lower triangle,
+BLOCK = 256  # at most so many of its rows at a time
 WORKERS = 4  # products at a time; each holds ROWS rows and one Gram matrix in float64
 CHUNK = 1 << 18  # numbers that are converted and hashed at a time: they stay in the processor's cache
 
@@ -51,7 +49,7 @@ def checked(name: str, module: nn.Module) -> Tensor:
         raise CTError(f"{name} has its weight on the meta device; load the model's weights before adding the adapter.")
     if type(weight.data).__name__ == "DTensor" or weight.ndim != 2 or weight.numel() == 0:
         raise CTError(f"{name} holds a sharded or empty weight; gather it (or adapt before sharding) and try again.")
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.element_size() == 1:
         raise CTError(f"{name} is quantised ({weight.dtype}); load the model in bfloat16 or float32 to adapt it.")
     check_finite(name, weight.data)
     return matrix(module)
