@@ -11,7 +11,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from ctsft import inspection
 from ctsft.errors import CTError
-from ctsft.inspection import inspect_model, inspection_table, plot_spectra, spectra_of
+from ctsft.inspection import (
+    inspect_model,
+    inspect_universal,
+    inspection_table,
+    plot_spectra,
+    spectra_of,
+    universal_table,
+)
 
 
 @pytest.fixture
@@ -71,6 +78,24 @@ def test_the_universal_basis_is_that_of_all_rows_together(llama):
     assert [e for _, e in result["universal"]["curve"]] == pytest.approx(
         [share[k - 1].item() for k in (1, 2, 4, 8, 16, 24)], rel=1e-5
     )
+
+
+def test_the_universal_basis_of_a_folder_is_that_of_the_loaded_model(llama, gpt2, tmp_path):
+    for name, model in {"llama": llama, "gpt2": gpt2}.items():
+        model.save_pretrained(tmp_path / name)
+        told = inspect_universal(str(tmp_path / name), k=6)
+        assert told == {
+            "model": str(tmp_path / name),
+            "d_model": 24,
+            "k": 6,
+            "universal": inspect_model(model, k=6)["universal"],
+        }
+        text = text_of(universal_table(told))
+        assert f"{told['universal']['members']} matrices of width 24" in text
+        assert ["6", f"{told['universal']['explained']:.1%}"] in [line.split() for line in text.splitlines()]
+    assert inspect_universal(str(tmp_path / "llama"), k=100)["universal"]["k"] == 24
+    with pytest.raises(CTError, match="k=0 must be"):
+        inspect_universal(str(tmp_path / "llama"), k=0)
 
 
 def test_conv1d_is_seen_as_d_out_by_d_in_and_k_stops_at_the_smaller_side(gpt2):

@@ -1,14 +1,24 @@
+import weakref
+
 import pytest
 import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ctsft import weights
 from ctsft.errors import CTError
 from ctsft.spectrum import principal_directions
 from ctsft.weights import (
+    CHUNK,
+    check_finite,
     checked,
     clean_name,
     fingerprint,
+    gram_of,
+    lower_product,
     matrices,
     matrix,
     rows,
@@ -56,11 +66,15 @@ def put(value):
             r"the_name is quantised \(torch.int8\); load the model in bfloat16 or float32",
         ),
         (
+            nn.Linear(3, 2).to(torch.float8_e5m2),
+            r"the_name is quantised \(torch.float8_e5m2\); load the model in bfloat16 or float32",
+        ),
+        (
             broken(lambda m: setattr(m, "weight", nn.Parameter(torch.zeros(0)))),
             r"the_name holds a sharded or empty weight; gather it",
         ),
     ],
-    ids=("layer norm", "meta", "nan", "infinite", "integers", "sharded"),
+    ids=("layer norm", "meta", "nan", "infinite", "integers", "eight bits", "sharded"),
 )
 def test_what_has_no_spectrum_is_refused(module, message):
     with pytest.raises(CTError, match=message):
@@ -130,6 +144,125 @@ def test_the_universal_directions_are_those_of_all_rows_stacked(shape):
     found = principal_directions(gram, 16)
     assert torch.allclose((found @ gram @ found.T).diagonal(), s**2)
     assert torch.allclose((found @ vh.T).abs(), torch.eye(16, dtype=torch.float64), atol=1e-8)
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+def test_a_gram_matrix_of_pieces_has_the_bits_of_the_plain_sum_whatever_the_threads(dtype):
+    pieces = [draw(n, 24, dtype=dtype, seed=n) for n in (1, 40, 33, 7, 64)] + [draw(24, 50, dtype=dtype).T]
+    plain = torch.zeros(24, 24, dtype=torch.float64)
+    for piece in pieces:
+        plain += piece.double().T @ piece.double()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 9):
+            torch.set_num_threads(threads)
+            found = gram_of(iter(pieces), 24)
+            assert_same_bits(found.tril(), plain.tril())
+            assert_same_bits(found, found.T)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("width", (9, 16, 31, 64, 65))
+def test_a_wide_gram_matrix_is_a_triangle_and_its_mirror(monkeypatch, width):
+    monkeypatch.setattr(weights, "WHOLE", 8)
+    monkeypatch.setattr(weights, "BLOCK", 8)
+    for piece in (draw(40, width), draw(width, 40).T):
+        whole = piece.double().T @ piece.double()
+        assert torch.allclose(lower_product(piece).tril(), whole.tril(), rtol=1e-13, atol=1e-13)
+        found = gram_of([piece, piece], width)
+        assert torch.allclose(found, 2 * whole, rtol=1e-13, atol=1e-13)
+        assert_same_bits(found, found.T)
+
+
+def test_few_pieces_are_in_memory_at_a_time(monkeypatch):
+    monkeypatch.setattr(weights, "WORKERS", 2)
+    alive, most = set(), 0
+
+    def pieces():
+        nonlocal most
+        for i in range(40):
+            piece = draw(3, 4, seed=i)
+            alive.add(i)
+            weakref.finalize(piece, alive.discard, i)
+            most = max(most, len(alive))
+            yield piece
+
+    gram_of(pieces(), 4)
+    assert most <= 2 + 3 and not alive  # in work or waiting, the one drawn and the one before it
+
+
+def plain_fingerprint(pairs):
+    total = xxhash.xxh3_128()
+    for name, weight in sorted(pairs, key=lambda pair: pair[0]):
+        exact = weight.detach().cpu() if weight.dtype == torch.float64 else weight.detach().to("cpu", torch.float32)
+        total.update(f"{name} {tuple(weight.shape)} ".encode())
+        total.update(exact.contiguous().numpy())
+    return f"xxh3-{total.hexdigest()}"
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8))
+@pytest.mark.parametrize("shape", ((), (0,), (0, 3), (1, 1), (5, 7), (3, CHUNK // 3), (2, CHUNK // 2), (3, CHUNK + 1)))
+def test_a_fingerprint_in_chunks_is_that_of_the_whole(dtype, shape):
+    w = draw(*shape).mul(9).to(dtype)
+    views = [w]
+    if w.ndim == 2:
+        views += [w.T, w[:, ::2], w[::2].T, nn.Parameter(w.float()).to(dtype), w[:, :1].expand(-1, 4)]
+    for view in views:
+        assert fingerprint([("b", w), ("a", view)]) == plain_fingerprint([("b", w), ("a", view)])
+
+
+def test_a_fingerprint_stays_what_adapters_on_disk_carry():
+    w = torch.arange(-3, 3).view(2, 3) / 4
+    assert fingerprint([("a", w), ("b", w.T.bfloat16())]) == "xxh3-b5e782e86ff4c46babc2fc8c66d333bc"
+    assert fingerprint([("a", w.double())]) == "xxh3-00d7964672271eb8c40e60b9fb7b7e34"
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@given(
+    st.sampled_from(FLOATS),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.booleans(),
+    st.lists(
+        st.tuples(
+            st.integers(0), st.sampled_from((torch.nan, -torch.nan, torch.inf, -torch.inf, "max", "min", "tiny", 0.0))
+        ),
+        max_size=3,
+    ),
+)
+def test_every_nan_and_infinity_is_found_and_nothing_else(dtype, height, width, turned, put):
+    info = torch.finfo(dtype)
+    w = draw(height, width, dtype=dtype)
+    for place, value in put:
+        number = {"max": info.max, "min": info.min, "tiny": info.smallest_normal / 2}.get(value, value)
+        w.view(-1)[place % w.numel()] = number
+    view = w.T if turned else w
+    if bool(torch.isfinite(w).all()):
+        check_finite("w", view)
+    else:
+        with pytest.raises(CTError, match="w has NaN or infinite weights"):
+            check_finite("w", view)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_large_finite_weights_are_no_false_alarm_and_one_bad_one_is_found_anywhere(dtype):
+    w = torch.full((300, 1000), torch.finfo(dtype).max, dtype=dtype)
+    check_finite("w", w)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for place in (0, 1, 31, 77_777, 262_144, 299_998, 299_999):
+            w.view(-1)[place] = bad
+            with pytest.raises(CTError, match="NaN or infinite"):
+                check_finite("w", w)
+            w.view(-1)[place] = torch.finfo(dtype).min
+    check_finite("w", w)
 
 
 def test_a_fingerprint_is_of_names_shapes_and_exact_values():

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from ctsft.export import export_adapter
     from ctsft.store import save_adapter
     from ctsft.tuner import resize
+    from ctsft.universal import universal_basis
 
-__all__ = ["CTConfig", "CTError", "calibrate", "export_adapter", "resize", "save_adapter"]
+__all__ = ["CTConfig", "CTError", "calibrate", "export_adapter", "resize", "save_adapter", "universal_basis"]
 __version__ = "0.1.0"
 
 HOMES = {
@@ -27,6 +28,7 @@ HOMES = {
     "export_adapter": "export",
     "resize": "tuner",
     "save_adapter": "store",
+    "universal_basis": "universal",
 }
 
 

@@ -289,13 +289,28 @@ def inspect(
     k: Annotated[int, typer.Option(help="Energy is told for the top K.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the spectra: .svg or .png.")] = None,
+    universal: Annotated[
+        bool, typer.Option("--universal", help="Tell of the universal basis only: one pass, the model is not loaded.")
+    ] = False,
 ) -> None:
     """Show a model's spectra: per matrix its shape, effective rank and energy in the top K, and the universal basis."""
     if k < 1:
         raise CTError(f"--k {k} must be at least 1.")
-    from ctsft.inspection import inspect_model, inspection_table, plot_spectra
+    if universal and plot:
+        raise CTError("--universal takes no spectra of single matrices, so there is nothing to --plot; leave one out.")
+    from ctsft.inspection import (
+        inspect_model,
+        inspect_universal,
+        inspection_table,
+        plot_spectra,
+        universal_table,
+    )
     from ctsft.models import load_model
 
+    if universal:
+        found = inspect_universal(model, k, "universal basis")
+        print(json.dumps(found, indent=1)) if as_json else out_console.print(universal_table(found))
+        return
     with err.status(f"loading {model}"):
         loaded = load_model(model)
     with err.status("decomposing") as status:

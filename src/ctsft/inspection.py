@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ctsft.errors import CTError
 from ctsft.spectrum import effective_rank, energy, one_thread, singular_values, stable_rank
+from ctsft.universal import universal_basis
 from ctsft.weights import checked, matrices, universal_gram, universal_members, width
 
 ROWS = 8192  # rows of a tall matrix (an embedding) that are in memory as float64 at once
@@ -37,21 +38,38 @@ def inspect_model(model: nn.Module, k: int = 64, progress: Progress | None = Non
     spectra = spectra_of(model, k=k, progress=progress)
     with one_thread():
         values = torch.linalg.eigvalsh(universal_gram(members, d_model)).flip(0).clamp(min=0)
-    share = (values.cumsum(0) / values.sum()).tolist()
-    counts = sorted({2**i for i in range(d_model.bit_length())} | {d_model})
     return {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "d_model": d_model,
         "k": k,
         "matrices": spectra,
-        "universal": {
-            "k": min(k, d_model),
-            "explained": share[min(k, d_model) - 1],
-            "curve": [[count, share[count - 1]] for count in counts],
-            "members": len(members),
-        },
+        "universal": universal_curve(values, k, len(members)),
     }
+
+
+def universal_curve(values: Tensor, k: int, members: int) -> dict[str, Any]:
+    """What `inspect_model` tells of a universal basis, from its eigenvalues `values` (d_model,), descending."""
+    share, d_model = (values.cumsum(0) / values.sum()).tolist(), len(values)
+    counts = sorted({2**i for i in range(d_model.bit_length())} | {d_model})
+    return {
+        "k": min(k, d_model),
+        "explained": share[min(k, d_model) - 1],
+        "curve": [[count, share[count - 1]] for count in counts],
+        "members": members,
+    }
+
+
+def inspect_universal(model: str, k: int = 64, bar: str | None = None) -> dict[str, Any]:
+    """What `inspect_model` tells of the universal basis of `model`, without loading it (see `universal_basis`).
+
+    JSON values: `model` as given, `d_model`, `k`, `universal`. Raises CTError for a k below 1 and as `universal_basis`.
+    """
+    if k < 1:
+        raise CTError(f"k={k} must be a whole number of directions, at least 1.")
+    basis = universal_basis(model, bar)
+    told = universal_curve(basis.values, k, basis.members)
+    return {"model": model, "d_model": len(basis.values), "k": k, "universal": told}
 
 
 def spectra_of(
@@ -154,6 +172,22 @@ def inspection_table(result: dict[str, Any]) -> Table:
         )
     if len(groups) > KINDS:
         table.add_row(f"... and {len(groups) - KINDS} more kinds")
+    return table
+
+
+def universal_table(result: dict[str, Any]) -> Table:
+    """An `inspect_universal` result as a rich table: K, and the share of the squared norm in the top K directions."""
+    universal = result["universal"]
+    shares = dict(universal["curve"]) | {universal["k"]: universal["explained"]}
+    table = Table(
+        "directions K",
+        "share of the squared norm of all rows",
+        title=f"{result['model']}: {universal['members']} matrices of width {result['d_model']}",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+    )
+    for count in sorted(shares):
+        table.add_row(f"{count}", f"{shares[count]:.1%}")
     return table
 
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -72,9 +73,25 @@ def load_model(spec: str, dtype: str = "auto") -> Loaded:
     name = _short_name(spec)
     source = resolve(spec)
     tokenizer = _load_tokenizer(source)
-    with _one_sentence(source), _quiet():
+    with one_sentence(source), _quiet():
         model = _whole(str(source), dtype=dtype, use_safetensors=True)
     return Loaded(model.eval(), tokenizer, name, str(source), NOTES.get(spec, ""))
+
+
+def load_skeleton(spec: str) -> tuple[PreTrainedModel, Path]:
+    """The model that `spec` names (see `resolve`) on the meta device, without its weights, and the folder they lie in.
+
+    Tied weights are tied. Raises CTError as `load_model` does, and for a hub id, of which there is no folder.
+    """
+    folder = resolve(spec)
+    if not isinstance(folder, Path):
+        raise CTError(
+            f"{spec} is a hub id and here a folder is read: fetch it (hf download {spec}) and give its folder."
+        )
+    with one_sentence(folder), _quiet():
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False), folder
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
@@ -146,7 +163,7 @@ def _load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
     names = [file.name for file in Path(source).iterdir()] if local else []
     if local and not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in names):
         raise CTError(f"{source} has no tokenizer: copy the model's tokenizer.json and tokenizer_config.json into it.")
-    with _one_sentence(source), _quiet(), contextlib.nullcontext() if local else _bar(f"{source}: asking the hub"):
+    with one_sentence(source), _quiet(), contextlib.nullcontext() if local else _bar(f"{source}: asking the hub"):
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise CTError(f"The tokenizer of {source} has no end-of-text token: set eos_token in tokenizer_config.json.")
@@ -167,7 +184,7 @@ def _whole(*args: Any, **kwargs: Any) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _one_sentence(source: Path | str) -> Iterator[None]:
+def one_sentence(source: Path | str) -> Iterator[None]:
     """Whatever the libraries raise while reading `source` becomes one CTError."""
     try:
         yield
