@@ -313,8 +313,9 @@ def peak_lr(recipe: Recipe, model: PeftModel) -> float:
     """The learning rate that `recipe` gives, or the rule's for the weights that `model` adapts."""
     if recipe.lr != "auto":
         return recipe.lr
-    weights = [matrix(m.get_base_layer()).float() for _, m in adapted(model, "default")]
-    return auto_lr(recipe.form, recipe.largest_k, median(float(w.norm()) / min(w.shape) ** 0.5 for w in weights))
+    weights = (matrix(m.get_base_layer()) for _, m in adapted(model, "default"))
+    rms = median(float(w.float().norm()) / min(w.shape) ** 0.5 for w in weights)
+    return auto_lr(recipe.form, recipe.largest_k, rms)
 
 
 def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
