@@ -227,6 +227,19 @@ def test_costs_are_those_of_the_real_things(unbroken, recipe, tmp_path, monkeypa
     assert run["fingerprint"] == read_json(folder / "adapter_config.json")["fingerprint"]
 
 
+def test_the_file_takes_two_bytes_a_number_and_is_what_was_scored(unbroken, recipe, tmp_path):
+    exact = quiet(recipe(save_dtype="float32"), tmp_path / "exact")
+    out, run = unbroken
+    size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size <= 2 * run["costs"]["trainable"] + 2048
+    rounded, full = (numbers(o)["ctsft.coefficients"] for o in (out, tmp_path / "exact"))
+    assert (rounded.dtype, full.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(rounded, full.half()) and not torch.equal(rounded.float(), full)
+    norms = [sum(r["coefficient_norm"] ** 2 for r in x["spectra"]) for x in (run, exact)]
+    assert norms[0] == pytest.approx(float(rounded.double().square().sum()), rel=1e-6)
+    assert norms[1] == pytest.approx(float(full.double().square().sum()), rel=1e-6)
+
+
 def test_a_shared_basis_costs_memory_once(recipe, tmp_path):
     run = quiet(recipe(form="scores", basis="universal", steps=1), tmp_path / "run")
     trained = 4 * (8 * 32 + 4 * 48 + 2 * 48)

@@ -104,6 +104,10 @@ def tune(
     basis_dtype: Annotated[
         str | None, typer.Option(help="Of the directions: float32, bfloat16, or auto, the model's. (default: auto)")
     ] = None,
+    save_dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the trained numbers on disk: float16, bfloat16 or float32. (default: float16)"),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the frozen model: auto, float32, bfloat16, float16. (default: auto)")
     ] = None,
@@ -139,6 +143,7 @@ def tune(
         "eval_rows": eval_rows,
         "amplitude_dropout": amplitude_dropout,
         "basis_dtype": basis_dtype,
+        "save_dtype": save_dtype,
         "dtype": dtype,
         "threads": threads,
         "seed": seed,

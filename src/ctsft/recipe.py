@@ -45,6 +45,9 @@ class Recipe(BaseModel):
         default="auto", description="auto: the model's, if it can be"
     )
     store_basis: bool = False
+    save_dtype: Literal["float16", "bfloat16", "float32"] = Field(
+        default="float16", description="of the trained numbers in the file; the run scores what the file holds"
+    )
     steps: int = Field(default=120, ge=1)
     batch_size: int = Field(default=8, ge=1, description="rows a step")
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(

@@ -184,6 +184,14 @@ def spectra(model: PeftModel, progress: Callable[[int, int, str], None]) -> list
     return table
 
 
+def round_trained(model: PeftModel, dtype: Any) -> None:
+    """Round to `dtype`, in which the adapter is saved: what is scored is what the file holds. Checkpoints are exact."""
+    model.peft_config["default"].save_dtype = dtype  # type: ignore[attr-defined]
+    for _, layer in adapted(model, "default"):
+        c = layer.ctsft_coefficients["default"]
+        c.data = c.data.to(getattr(torch, dtype)).to(c.dtype)
+
+
 def extra_memory(model: Any, optimizer: torch.optim.Optimizer | None) -> int:
     """Bytes that training holds beyond the frozen model: bases (shared ones once), trained numbers, their gradients and
     optimizer state."""
@@ -502,6 +510,7 @@ def tune(
     console.print(f"training {trainable:,} numbers of {parameters:,} ({trainable / parameters:.4%}), lr {lr:g}")
     trainer = fit(adapted_model, tokenizer, train_rows, recipe, lr, out / "checkpoints", console)
     memory = extra_memory(adapted_model, trainer.optimizer)
+    round_trained(adapted_model, recipe.save_dtype)
     adapter_bytes = save_adapter(adapted_model, out / "adapter")
     with console.status("measuring the tuned model"):
         after = measure(adapted_model, tokenizer, corpus, eval_list, recipe)
