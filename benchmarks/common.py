@@ -37,6 +37,7 @@ SHAPES = {
     "llama-7b": (4096, 32, 32000, 11008, 32, 32, False),
 }
 ROW = 256  # tokens of a batch row at most, so that attention does not grow with the batch
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Step = Callable[[], object]
 
 
@@ -58,6 +59,7 @@ def parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
     p.add_argument("--repeats", type=int, default=15, help="rounds that are timed")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: the process's own time, for a busy machine")
     p.set_defaults(**defaults)
     return p
 
@@ -231,20 +233,20 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(step: Step, number: int = 1) -> float:
+def seconds(step: Step, number: int = 1, clock: str = "wall") -> float:
     """Mean seconds of one of `number` steps."""
     synchronise()
-    start = time.perf_counter()
+    start = CLOCKS[clock]()
     for _ in range(number):
         step()
     synchronise()
-    return (time.perf_counter() - start) / number
+    return (CLOCKS[clock]() - start) / number
 
 
 def interleaved(
-    steps: Mapping[str, Step], repeats: int, at_least: float = 0.0, warm_up: int = 2
+    steps: Mapping[str, Step], args: argparse.Namespace, at_least: float = 0.0, warm_up: int = 2
 ) -> dict[str, np.ndarray]:
-    """Seconds of every step in every round, (repeats,) by name; see the head of this file.
+    """Seconds of every step in every round, (args.repeats,) by name; see the head of this file.
 
     A measurement repeats its step until the fastest takes `at_least` seconds, the same number for all.
     """
@@ -258,12 +260,12 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for round_ in range(repeats):
+        for round_ in range(args.repeats):
             shift = round_ % len(names)
             for name in names[shift:] + names[:shift]:
-                times[name].append(seconds(steps[name], number))
+                times[name].append(seconds(steps[name], number, args.clock))
             if at_least == 0:
-                say(f"round {round_ + 1} of {repeats}")
+                say(f"round {round_ + 1} of {args.repeats}")
     finally:
         gc.enable()
     return {name: np.array(t) for name, t in times.items()}
@@ -297,8 +299,12 @@ def setting(args: argparse.Namespace, base: nn.Module) -> str:
     name = Path(args.model).expanduser().name
     return (
         f"**{name}** (width {c.hidden_size}, {c.num_hidden_layers} blocks, vocabulary {c.vocab_size}), {args.dtype}, "
-        f"{args.tokens} tokens, {args.repeats} rounds. {machine(args)}."
+        f"{args.tokens} tokens, {rounds(args)}. {machine(args)}."
     )
+
+
+def rounds(args: argparse.Namespace) -> str:
+    return f"{args.repeats} rounds" + (", time of the process instead of the clock's" if args.clock == "cpu" else "")
 
 
 def show(*parts: str) -> str:

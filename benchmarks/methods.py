@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> str:
         if lost := [n for n, q in model.named_parameters() if q.requires_grad and q.grad is None]:
             raise RuntimeError(f"{name}: {lost[0]} gets no gradient.")
 
-    times = c.interleaved({n: c.training_step(m, batch) for n, m in arms.items()}, args.repeats)
+    times = c.interleaved({n: c.training_step(m, batch) for n, m in arms.items()}, args)
     one = times[f"diagonal K={args.k}"]
     rows: list[list[str]] = []
     for n, m in arms.items():

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> str:
         except (RuntimeError, ValueError) as error:  # what vmap cannot batch
             failed[name] = str(error).strip().splitlines()[0][:100]
             del ways[name]
-    times = c.interleaved({n: lambda way=way: way(model, batch) for n, way in ways.items()}, args.repeats)
+    times = c.interleaved({n: lambda way=way: way(model, batch) for n, way in ways.items()}, args)
     first = times["plain forward and backward"]
     rows = [[n, c.spread(1000 * t, 0), c.spread(t / first), off[n]] for n, t in times.items()]
     rows += [[n, "does not run", reason, ""] for n, reason in failed.items()]

@@ -56,7 +56,7 @@ def measure(
         for value in values:
             point = centre | {axis: value}
             c.say(", ".join(f"{n} {v}" for n, v in point.items()))
-            times = c.interleaved(steps(point, args), args.repeats, AT_LEAST)
+            times = c.interleaved(steps(point, args), args, AT_LEAST)
             ratios = {arm: times[arm] / times["frozen"] for arm in ARMS}
             found.setdefault(axis, []).append({"frozen": 1000 * times["frozen"]} | ratios)
     return found
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> str:
         for axis, values in axes.items()
         for value, point in zip(values, found[axis], strict=True)
     ]
-    setting = f"**{args.dtype}**, {args.repeats} rounds. {c.machine(args)}."
+    setting = f"**{args.dtype}**, {c.rounds(args)}. {c.machine(args)}."
     image = f"![time over frozen against {', '.join(axes)}](figures/{path.name})"
     return c.show(setting, image, c.table(["", "frozen, ms", "diagonal over frozen", "LoRA r=K over frozen"], rows))
 

@@ -121,7 +121,7 @@ def test_arms_share_the_base_and_extra_bytes_are_those_of_the_adapter():
 
 def test_rounds_are_interleaved_and_rotate():
     order = []
-    times = common.interleaved({n: lambda n=n: order.append(n) for n in "abc"}, repeats=3, warm_up=0)
+    times = common.interleaved({n: lambda n=n: order.append(n) for n in "abc"}, options("--repeats", "3"), warm_up=0)
     assert "".join(order[3:]) == "abcbcacab"
     assert {n: len(t) for n, t in times.items()} == {"a": 3, "b": 3, "c": 3}
 
