@@ -162,21 +162,25 @@ def lora(rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def standard_arms(base: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
-    """The frozen model, our forms, and PEFT's LoRA at rank K and 8, by name.
+def standard_arms(base: nn.Module, args: argparse.Namespace, only: Sequence[str] | None = None) -> dict[str, nn.Module]:
+    """The frozen model, our forms, and PEFT's LoRA at rank K and 8, by name; frozen and what begins as in `only`.
 
     LoRA trains in the base's dtype, its faster way on bfloat16; peft's own choice there, float32, has its own row.
     """
-    k, made = args.k, {"frozen": twin(base)}
-    for basis in ("", "universal "):
-        for form in ("diagonal", "core", "scores") if not basis else ("diagonal", "scores"):
-            say(f"making {basis}{form}")
-            made[f"{basis}{form} K={k}"] = adapt(base, ours(args, form=form, basis=basis.strip() or "random"))
+    k, own = args.k, {"autocast_adapter_dtype": False}
+    configs: dict[str, tuple[Any, dict[str, Any]]] = {
+        **{f"{form} K={k}": (ours(args, form=form), {}) for form in ("diagonal", "core", "scores")},
+        **{f"universal {f} K={k}": (ours(args, form=f, basis="universal"), {}) for f in ("diagonal", "scores")},
+    }
     if args.dtype == "bfloat16":
-        made[f"diagonal K={k}, float32 basis"] = adapt(base, ours(args, basis_dtype="float32"))
-        made[f"LoRA r={k}, float32 adapter"] = adapt(base, lora(k))
-    for rank in (k, 8):
-        made[f"LoRA r={rank}"] = adapt(base, lora(rank), autocast_adapter_dtype=False)
+        configs[f"diagonal K={k}, float32 basis"] = ours(args, basis_dtype="float32"), {}
+        configs[f"LoRA r={k}, float32 adapter"] = lora(k), {}
+    configs |= {f"LoRA r={rank}": (lora(rank), own) for rank in (k, 8)}
+    made: dict[str, nn.Module] = {"frozen": twin(base)}
+    for name, (config, options) in configs.items():
+        if only is None or name.startswith(tuple(only)):
+            say(f"making {name}")
+            made[name] = adapt(base, config, **options)
     return made
 
 

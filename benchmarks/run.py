@@ -24,7 +24,9 @@ from ctsft.record import versions, write_text
 RESULTS = Path(__file__).parent / "RESULTS.md"
 BF16 = ["--dtype", "bfloat16"]
 SMOLLM2 = ["--model", "smollm2-135m"]
-# The short forms: a script's name and the options of each of its runs. The order is that of the file.
+# The short forms: a script's name and the options of each of its runs. The order is that of the file. A script has
+# main(argv) -> str, which prints and returns Markdown, knows --device and --threads, and says in the first paragraph of
+# its docstring what it measures and the limit.
 SCRIPTS: dict[str, list[list[str]]] = {
     "step_time": [[], BF16, [*SMOLLM2, "--repeats", "9"]],
     "saved_activations": [[], BF16],

@@ -17,9 +17,7 @@ def main(argv: list[str] | None = None) -> str:
     args = c.parse(p, argv)
     base = c.load(args)
     batch = c.batch_for(base, args.tokens)
-    arms = c.standard_arms(base, args)
-    if args.arms:
-        arms = {n: m for n, m in arms.items() if n == "frozen" or n.startswith(tuple(args.arms))}
+    arms = c.standard_arms(base, args, args.arms)
     times = c.interleaved({n: c.training_step(m, batch) for n, m in arms.items()}, args)
 
     over = [n for n in dict.fromkeys(("frozen", f"LoRA r={args.k}", "LoRA r=8")) if n in arms]
