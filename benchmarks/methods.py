@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import io
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -164,9 +163,9 @@ def main(argv: list[str] | None = None) -> str:
             continue
         c.say(f"making {name}")
         torch.manual_seed(0)
-        start = time.perf_counter()
+        start = c.CLOCKS[args.clock]()
         arms[name] = make()
-        start_up[name] = "not run" if name.startswith("LoRA-XS") else f"{time.perf_counter() - start:.1f}"
+        start_up[name] = "not run" if name.startswith("LoRA-XS") else f"{c.CLOCKS[args.clock]() - start:.1f}"
     for name, model in arms.items():  # a peer whose numbers get no gradient would be fast for nothing
         model(**batch).loss.backward()
         if lost := [n for n, q in model.named_parameters() if q.requires_grad and q.grad is None]:

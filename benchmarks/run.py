@@ -29,6 +29,7 @@ SMOLLM2 = ["--model", "smollm2-135m"]
 # its docstring what it measures and the limit.
 SCRIPTS: dict[str, list[list[str]]] = {
     "step_time": [[], BF16, [*SMOLLM2, "--repeats", "9"]],
+    "where": [[], BF16],
     "saved_activations": [[], BF16],
     "methods": [[]],
     "per_sample": [[], SMOLLM2],
