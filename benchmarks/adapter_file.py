@@ -22,7 +22,7 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def main(argv: list[str] | None = None) -> str:
-    p = c.parser(__doc__, model="smollm2-135m", repeats=1)
+    p = c.parser(__doc__, model="smollm2-135m")
     p.add_argument("--tinylora", action="store_true", help="with TinyLoRA, whose full SVDs take a minute")
     args = c.parse(p, argv)
     base = c.load(args)
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> str:
             config = TinyLoraConfig(u=args.k, save_projection=saved, **wide)
             add(f"TinyLoRA r=2, u={args.k}, {kind} projections", "float32", c.adapt(base, config))
     head = ["arm", "saved as", "trained numbers", "bytes", "beyond the numbers", f"within {LIMIT}"]
-    return c.show(c.setting(args, base), c.table(head, rows))
+    return c.show(c.setting(args, base, timed=False), c.table(head, rows))
 
 
 if __name__ == "__main__":

@@ -297,13 +297,13 @@ def machine(args: argparse.Namespace) -> str:
     return f"{name}, {args.threads} of {os.cpu_count()} threads, {packages}"
 
 
-def setting(args: argparse.Namespace, base: nn.Module) -> str:
-    """What was run: model, dtype, tokens, rounds, machine."""
+def setting(args: argparse.Namespace, base: nn.Module, timed: bool = True) -> str:
+    """What was run: model, dtype, tokens, rounds where time was taken, machine."""
     c: Any = base.config
     name = Path(args.model).expanduser().name
     return (
         f"**{name}** (width {c.hidden_size}, {c.num_hidden_layers} blocks, vocabulary {c.vocab_size}), {args.dtype}, "
-        f"{args.tokens} tokens, {rounds(args)}. {machine(args)}."
+        f"{args.tokens} tokens{', ' + rounds(args) if timed else ''}. {machine(args)}."
     )
 
 

@@ -33,7 +33,7 @@ SCRIPTS: dict[str, list[list[str]]] = {
     "saved_activations": [[], BF16],
     "methods": [[]],
     "per_sample": [[], SMOLLM2],
-    "adapter_file": [[]],
+    "adapter_file": [["--tinylora"]],
     "scaling": [[], BF16],
 }
 DEVICES = ("cpu", "cuda")

@@ -91,7 +91,7 @@ def measure(args: Any) -> tuple[nn.Module, dict[str, Kept]]:
 
 
 def main(argv: list[str] | None = None) -> str:
-    args = c.parse(c.parser(__doc__, repeats=1), argv)
+    args = c.parse(c.parser(__doc__), argv)
     base, found = measure(args)
     frozen, count, unit = found["frozen"], len(adapted_names(base)), args.tokens * args.k
     rows = []
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> str:
             ]
         )
     head = ["arm", "MB kept", "over frozen", "numbers a matrix over frozen", "the same / (tokens x K)", "copies"]
-    return c.show(c.setting(args, base), c.table(head, rows))
+    return c.show(c.setting(args, base, timed=False), c.table(head, rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from torch import nn
 
 TINY = ["--model", "tiny", "--layers", "1", "--k", "8", "--tokens", "32", "--repeats", "1"]
 MATRICES = 7  # of one block
-SHORT = {name: [TINY] for name in run.SCRIPTS} | {"scaling": [["--largest", "16", "--repeats", "1"]]}
+SHORT = {name: [TINY] for name in run.SCRIPTS}
+SHORT |= {"adapter_file": [[*TINY, "--tinylora"]], "scaling": [["--largest", "16", "--repeats", "1"]]}
 
 
 def options(*more):
@@ -63,6 +64,15 @@ def test_trained_numbers_and_missing_peers_in_the_tables(results):
         "EigenTune diagonal r=8",
     ]
     assert "does not run" not in found["per_sample cpu"]
+
+
+def test_our_files_are_within_the_limit(results):
+    found = rows(run.read(results[0])["adapter_file cpu"])
+    assert {"LoRA r=8", "VeRA r=8, with projections", "TinyLoRA r=2, u=8, without projections"} <= set(found)
+    for form, numbers in {"diagonal": 8, "core": 64}.items():
+        *_, trained, size, rest, within = found[f"{form} K=8"]  # the last row, float16
+        assert int(trained) == numbers * MATRICES and within == "yes"
+        assert int(size.replace(",", "")) == 2 * int(trained) + int(rest)
 
 
 def test_only_some_sections_are_run_again_and_a_failure_is_told(results, tmp_path, monkeypatch):
