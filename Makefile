@@ -1,7 +1,7 @@
 # Everything runs in .venv, which `make setup` makes; only Python 3.11 or newer with pip and venv, and make, must be there.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench lint format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -25,6 +25,10 @@ demo: setup ## fine-tune SmolLM2-135M on questions about databases; the result i
 test: export OMP_NUM_THREADS ?= 1
 test: lint ## lint, then all tests
 	$(BIN)/pytest
+
+bench: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
+bench: setup ## run the short benchmarks and write benchmarks/RESULTS.md; best on an idle machine
+	$(BIN)/python benchmarks/run.py
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
