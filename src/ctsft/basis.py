@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctsft.spectrum import orthonormal_columns, principal_directions, singular_triples
+from ctsft.spectrum import leading_triples, orthonormal_columns, principal_directions, singular_triples
 
 BLOCK = 64  # random directions are drawn in whole blocks, so that a larger K keeps the smaller one's
 
@@ -77,8 +77,9 @@ def weight_basis(w: Tensor, k: int, which: str = "top", seed: int = 0, name: str
     """`k` singular directions of `w` (d_out, d_in): `top`, `bottom`, or a seeded `random` choice (papers 81-88)."""
     n = min(w.shape)
     if which == "top":
-        ranks = torch.arange(k)
-    elif which == "bottom":
+        u, _, vh = leading_triples(w, k)
+        return Basis(u.float().contiguous(), vh.float().contiguous())
+    if which == "bottom":
         ranks = n - 1 - torch.arange(k)
     else:
         ranks = torch.randperm(n, generator=generator(seed, "choice", name))[:k]
