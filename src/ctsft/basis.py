@@ -63,6 +63,22 @@ class Basis:
             None if self.start is None else self.start[:, :k].contiguous(),
         )
 
+    def view(self, k: int) -> "Basis":
+        """The first `k` directions as views of these factors: no memory of their own."""
+        u, vh, start = self.u, self.vh, self.start
+        if k < self.k:
+            u, start = (None if t is None else t[:, :k] for t in (u, start))
+            vh = None if vh is None else vh[:k]
+        return Basis(u, vh, start)
+
+    def refer_to(self, larger: "Basis") -> None:
+        """Give up these factors for views of `larger`, which holds the same numbers, where both lie on one device."""
+        same = larger.view(self.k)
+        for name, mine in self.tensors().items():
+            theirs = getattr(same, name)
+            if theirs is not None and theirs.device == mine.device:
+                setattr(self, name, theirs)
+
     def input_side(self) -> "Basis":
         """vh alone, for `scores`: the left factor trains."""
         return Basis(None, self.vh)

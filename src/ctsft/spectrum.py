@@ -14,11 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+VERSION = 1  # of what decides the bits of a decomposition: a change of them raises it, and kept bases are made anew
 GRAM_LIMIT = 1e-4  # below this share of the largest singular value, the Gram matrix has squared the accuracy away
 
 # The iteration of `leading_triples`: chosen by measurement, and part of what decides the bits of a basis.
 ITERATED_FROM = 1024  # smaller sides up to this are decomposed exactly
-GROUP = 64  # directions are iterated in whole groups, so that those of a smaller K are the first of a larger, bit for bit
+GROUP = (
+    64  # directions are iterated in whole groups, so that those of a smaller K are the first of a larger, bit for bit
+)
 BLOCK, ROOM, KEPT, STEPS = 32, 448, 128, 150  # rows a step, most rows held, those kept at a restart, most steps
 # dtype of the iteration, residual (of s_1) that it runs to, and residual that is accepted when checked in float64
 STAGES = ((torch.float32, 3e-7, 2e-6), (torch.float64, 1e-9, 1e-8))
@@ -78,10 +81,10 @@ def leading_triples(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Where `iterated` says so, by a seeded block Lanczos iteration with thick restarts (Wu and Simon 2000) on the Gram
     matrix of the smaller side in float32, then Rayleigh-Ritz in float64. Every triple has |w^T u - s v| <= 2e-6 s_1 and
-    w v = s u; energies are then exact to 1e-11, directions to about 1e-6 (2e-6 s_1 over the gap to the values beyond the
-    group in the worst case). Groups of 64 are iterated one after the other on what the earlier ones leave, so that the
-    triples of a smaller k are the first of a larger k to the bit. Where float32 does not get there float64 does the
-    same, and where that does not (rank below k, values under 1e-4 s_1) the rest is exact. Else it is
+    w v = s u; energies are then exact to 1e-11, directions to about 1e-6 (at worst to 2e-6 s_1 over the gap between the
+    64th value of a group and the next). Groups of 64 are iterated one after the other, each on what the earlier ones
+    leave, so that the triples of a smaller k are the first of a larger k to the bit. Where float32 does not get there
+    float64 does the same, and where that does not (rank below k, values under 1e-4 s_1) the rest is exact. Else it is
     `singular_triples`.
     """
     if not iterated(w.shape, k):
@@ -105,6 +108,14 @@ def leading_triples(w: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
             u, vh = vh.T, u.T
         sign = fixed_sign(vh)
         return u * sign, s * scale, vh * sign[:, None]
+
+
+def seconds(shape: torch.Size, k: int, leading: bool) -> float:
+    """Roughly how long one core of 2024 takes for `k` triples of a matrix of `shape`, `leading` ones or chosen ones."""
+    short, long = sorted(shape)
+    if leading and iterated(shape, k):
+        return -(-k // GROUP) * (long * short**2 / 4e10 + 1.5e-4 * short)
+    return (2 * long * short**2 + 10 * short**3) / 2.5e10
 
 
 def next_group(a: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
