@@ -166,10 +166,10 @@ def other_bases(layer: nn.Module, config: CTConfig, now: str, but: str) -> list[
         return found
     for name, basis in layer.ctsft_basis.items():
         theirs = layer.ctsft_config[name]
+        here = not theirs.stored_basis  # one from a file may have been made elsewhere
         same = recipe(theirs) == recipe(config) and theirs.basis_dtype == config.basis_dtype
-        if basis is not None and name != but and same and layer.ctsft_fingerprint[name] == now:
-            if not theirs.stored_basis:  # one from a file may have been made elsewhere
-                found.append(basis)
+        if basis is not None and name != but and here and same and layer.ctsft_fingerprint[name] == now:
+            found.append(basis)
     return found
 
 
