@@ -71,6 +71,13 @@ class Basis:
             vh = None if vh is None else vh[:k]
         return Basis(u, vh, start)
 
+    def own(self, k: int) -> "Basis":
+        """The first `k` directions in memory of their own (all: the same factors)."""
+        if k == self.k:
+            return self
+        parts = {n: t.clone(memory_format=torch.contiguous_format) for n, t in self.view(k).tensors().items()}
+        return Basis(parts.get("u"), parts.get("vh"), parts.get("start"))
+
     def refer_to(self, larger: "Basis") -> None:
         """Give up these factors for views of `larger`, which holds the same numbers, where both lie on one device."""
         same = larger.view(self.k)

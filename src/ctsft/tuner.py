@@ -188,7 +188,7 @@ def computed(
     key = key_of(*recipe(config), now)
     kept = read_bases(key) if keep else {}
     usable = (n for n, w in weights.items() if n in kept and reaches(config, w.shape, ks[n], kept[n].k))
-    found = {n: kept[n].head(ks[n]) for n in usable}
+    found = {n: kept[n].own(ks[n]) for n in usable}
     rest = [n for n in weights if n not in found]
     if rest:
         maker, workers = basis_maker(model, config, ks.values()), torch.get_num_threads()
