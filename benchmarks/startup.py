@@ -211,7 +211,7 @@ def against_peft(model: Any, k: int, layers: int) -> list[str]:
     }
     total = model.config.num_hidden_layers
     lines = heading(
-        f"{layers} of {total} blocks, float32, one thread", "seconds", "processor seconds", "ratio of processor seconds",
+        f"{layers} of {total} blocks, float32, one thread", "seconds", "processor seconds", "ratio of the latter",
         f"times {total / layers:.0f}: all blocks, estimated",
     )  # fmt: skip
     ours = None
