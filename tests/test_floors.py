@@ -21,7 +21,7 @@ FLOORS = {
         "claim",
     ],  # plain values, no torch
     1: ["spectrum", "basis", "fused"],  # tensor algebra
-    2: ["weights", "photonic", "corpus", "models", "universal"],  # what is adapted, and the text
+    2: ["weights", "cache", "photonic", "corpus", "models", "universal"],  # what is adapted, and the text
     3: ["config", "layer", "store", "tuner", "calibration", "export", "inspection"],  # the adapter
     4: ["report", "lab_figures", "lab_report"],  # pages from plain records
     5: ["train", "probe", "arms", "lab", "sweep"],

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,13 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctsft import spectrum
 from ctsft.spectrum import (
+    STAGES,
     effective_rank,
     energy,
     fixed_sign,
+    iterated,
+    leading_triples,
     one_thread,
     orthonormal_columns,
     principal_directions,
+    seconds,
     singular_triples,
     singular_values,
     stable_rank,
@@ -170,3 +176,128 @@ def test_the_measures_of_rank_are_ordered(values):
     assert effective_rank(s) == pytest.approx(torch.exp(-(p * p.log()).sum()).item())
     assert 1 - 1e-9 <= stable_rank(s) <= effective_rank(s) + 1e-9 <= len(s) + 1e-8
     assert all(energy(s, k) <= energy(s, k + 1) for k in range(1, len(s)))
+
+
+# ---- the iteration for large matrices, against a full svd in float64
+
+
+def spread(s, d_out=560, d_in=530):
+    return with_spectrum([float(x) for x in s], d_out, d_in)
+
+
+LARGE = {
+    "flat": lambda: torch.randn(700, 520, dtype=torch.float64),
+    "wide": lambda: torch.randn(520, 700, dtype=torch.float64),
+    "square, decaying": lambda: spread(torch.arange(1, 521) ** -0.7, 520, 520),
+    "pairs of close values": lambda: spread([1 - i // 2 / 300 + i % 2 * 1e-5 for i in range(400)]),
+    "equal values": lambda: spread([1.0] * 50 + [0.9] * 100 + [0.5] * 100),
+    "more equal values than a block, among many others": lambda: spread(
+        [1.0] * 40 + [0.99 - i / 600 for i in range(400)]
+    ),
+    "orthogonal": lambda: torch.eye(540, 520, dtype=torch.float64),
+    "one direction": lambda: spread([1.0] + [1e-3] * 400),
+    "over five orders": lambda: spread([10 ** (-i / 20) for i in range(400)]),
+    "rank below K": lambda: spread([1 - i / 50 for i in range(40)]),
+    "zero": lambda: torch.zeros(560, 520),
+    "tiny": lambda: spread(torch.arange(1, 521) ** -0.7) * 1e-30,
+    "huge": lambda: (spread(torch.arange(1, 521) ** -0.7) * 1e30).to(torch.bfloat16),
+    "two groups": lambda: torch.randn(540, 520, dtype=torch.float64),
+    "rank in the second group": lambda: spread([1 - i / 300 for i in range(100)], 520, 540),
+    "one value across two groups": lambda: spread([1.0] * 30 + [0.7] * 70, 540, 520),
+}
+
+
+@pytest.fixture
+def from_500(monkeypatch):
+    """Iterate for sides from 500 and two groups, so that the slow twin takes no minute."""
+    monkeypatch.setattr(spectrum, "ITERATED_FROM", 500)
+    monkeypatch.setattr(spectrum, "most_iterated", lambda n: 128)
+
+
+def clusters(s, k, gap):
+    """Runs of indices below `k` whose values in the descending `s` are closer than `gap` to their neighbour's."""
+    edges = [0, *(i for i in range(1, len(s)) if s[i - 1] - s[i] > gap), len(s)]
+    return [range(a, b) for a, b in itertools.pairwise(edges) if b <= k]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_iterated_triples_against_a_full_svd(name, from_500):
+    w = LARGE[name]()
+    k = 128 if "group" in name else 64
+    assert iterated(w.shape, k)
+    u, s, vh = leading_triples(w, k)
+    full_u, full_s, full_vh = torch.linalg.svd(w.double(), full_matrices=False)
+    s1 = full_s[0].clamp(min=1e-300)
+    a = w.double() / s1
+    assert u.shape == (w.shape[0], k) and vh.shape == (k, w.shape[1]) and s.shape == (k,)
+    assert (u.T @ u - torch.eye(k)).abs().max() < 1e-7 and (vh @ vh.T - torch.eye(k)).abs().max() < 1e-7
+    assert ((s - full_s[:k]) / s1).abs().max() < 1e-9
+    captured = (u.T @ a @ vh.T).square().sum()
+    assert captured >= (full_s[:k] / s1).square().sum() * (1 - 1e-9)
+    assert (a @ vh.T - u * s / s1).norm(dim=0).max() <= 2e-6
+    assert (a.T @ u - vh.T * s / s1).norm(dim=0).max() <= 2e-6
+    for run in clusters((full_s / s1).tolist(), k, 1e-3):
+        if full_s[run[0]] / s1 > 1e-3:
+            for mine, exact in ((u[:, run], full_u[:, run]), (vh[run].T, full_vh[run].T)):
+                assert torch.linalg.matrix_norm(mine - exact @ (exact.T @ mine), 2) < 1e-3  # sine of the largest angle
+
+
+def test_close_values_are_told_apart(from_500):
+    """Each direction, not only what close ones span."""
+    w = LARGE["pairs of close values"]()
+    vh, exact = leading_triples(w, 64)[2], torch.linalg.svd(w)[2][:64]
+    assert ((vh * exact).sum(1).abs() > 1 - 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["two groups", "rank in the second group", "one value across two groups"])
+def test_fewer_iterated_triples_are_the_first_of_more_to_the_bit(name, from_500):
+    w = LARGE[name]()
+    u, s, vh = leading_triples(w, 128)
+    for k in (1, 64, 65):
+        fewer = leading_triples(w, k)
+        assert all(torch.equal(a, b) for a, b in zip(fewer, (u[:, :k], s[:k], vh[:k]), strict=True)), k
+
+
+def test_iterated_triples_have_the_same_bits_with_two_threads(from_500):
+    w = LARGE["flat"]()
+    torch.manual_seed(3)  # nor does the global generator count
+    first = leading_triples(w, 64)
+    torch.set_num_threads(2)
+    try:
+        again = leading_triples(w.clone(), 64)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1024, 1030), (200, 2048)])
+def test_small_matrices_and_many_directions_are_decomposed_exactly(shape):
+    assert not iterated(torch.Size(shape), 8)
+    assert iterated(torch.Size((1025, 3000)), 128) and not iterated(torch.Size((1025, 3000)), 129)
+    w = torch.randn(shape)[:, :300]
+    assert all(
+        torch.equal(a, b) for a, b in zip(leading_triples(w, 8), singular_triples(w, torch.arange(8)), strict=True)
+    )
+
+
+def test_where_float32_does_not_do_float64_does_and_then_the_exact_way(from_500, monkeypatch):
+    w = LARGE["flat"]()
+    s = torch.linalg.svdvals(w)
+    never = (torch.float32, 3e-7, 0.0)
+    for stages, limit in (((never, STAGES[1]), 1e-8), ((never,), 1e-12)):
+        monkeypatch.setattr(spectrum, "STAGES", stages)
+        u, found, vh = leading_triples(w, 64)
+        assert (w.T @ u - vh.T * found).norm(dim=0).max() <= limit * s[0]
+        assert torch.allclose(found, s[:64], rtol=1e-12)
+
+
+def test_the_iteration_stops_where_it_cannot_arrive(from_500, monkeypatch):
+    monkeypatch.setattr(spectrum, "STEPS", 6)
+    w = LARGE["flat"]()
+    assert torch.allclose(leading_triples(w, 64)[1], torch.linalg.svdvals(w)[:64], rtol=1e-12)
+
+
+def test_the_estimate_of_the_work_knows_what_is_iterated():
+    large, small = torch.Size((5632, 2048)), torch.Size((16, 24))
+    assert 0.1 < seconds(large, 64, True) < seconds(large, 65, True) < seconds(large, 64, False) < 60
+    assert seconds(small, 8, True) == seconds(small, 8, False) < 1e-4

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctsft.spectrum import orthonormal_columns, principal_directions, singular_triples
+from ctsft.spectrum import leading_triples, orthonormal_columns, principal_directions, singular_triples
 
 BLOCK = 64  # random directions are drawn in whole blocks, so that a larger K keeps the smaller one's
 
@@ -63,6 +63,29 @@ class Basis:
             None if self.start is None else self.start[:, :k].contiguous(),
         )
 
+    def view(self, k: int) -> "Basis":
+        """The first `k` directions as views of these factors: no memory of their own."""
+        u, vh, start = self.u, self.vh, self.start
+        if k < self.k:
+            u, start = (None if t is None else t[:, :k] for t in (u, start))
+            vh = None if vh is None else vh[:k]
+        return Basis(u, vh, start)
+
+    def own(self, k: int) -> "Basis":
+        """The first `k` directions in memory of their own (all: the same factors)."""
+        if k == self.k:
+            return self
+        parts = {n: t.clone(memory_format=torch.contiguous_format) for n, t in self.view(k).tensors().items()}
+        return Basis(parts.get("u"), parts.get("vh"), parts.get("start"))
+
+    def refer_to(self, larger: "Basis") -> None:
+        """Give up these factors for views of `larger`, which holds the same numbers, where both lie on one device."""
+        same = larger.view(self.k)
+        for name, mine in self.tensors().items():
+            theirs = getattr(same, name)
+            if theirs is not None and theirs.device == mine.device:
+                setattr(self, name, theirs)
+
     def input_side(self) -> "Basis":
         """vh alone, for `scores`: the left factor trains."""
         return Basis(None, self.vh)
@@ -77,8 +100,9 @@ def weight_basis(w: Tensor, k: int, which: str = "top", seed: int = 0, name: str
     """`k` singular directions of `w` (d_out, d_in): `top`, `bottom`, or a seeded `random` choice (papers 81-88)."""
     n = min(w.shape)
     if which == "top":
-        ranks = torch.arange(k)
-    elif which == "bottom":
+        u, _, vh = leading_triples(w, k)
+        return Basis(u.float().contiguous(), vh.float().contiguous())
+    if which == "bottom":
         ranks = n - 1 - torch.arange(k)
     else:
         ranks = torch.randperm(n, generator=generator(seed, "choice", name))[:k]

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import ctsft.photonic  # noqa: F401  (registers its architecture with transformers)
+from ctsft.cache import home
 from ctsft.errors import CTError
 
 BUILTIN = ("smollm2-135m", "photonic")
@@ -132,8 +133,7 @@ def resolve(spec: str) -> Path | str:
 
 def cache_folder() -> Path:
     """The folder of converted models, made if need be. Raises CTError if it cannot be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctsft"
-    folder = Path(os.environ.get("CTSFT_CACHE") or home).expanduser() / "models"
+    folder = home() / "models"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

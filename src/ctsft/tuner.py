@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctsft.basis import Basis, paired, random_basis, replacing, two_sides, weight_basis
+from ctsft.cache import keeps_bases, key_of, read_bases, write_bases
 from ctsft.config import CTSFT, RECOMPUTABLE, CTConfig
 from ctsft.errors import CTError
 from ctsft.layer import CTEmbedding, CTLayer, CTLinear
-from ctsft.spectrum import one_thread, principal_directions
+from ctsft.spectrum import iterated, one_thread, principal_directions, seconds
 from ctsft.store import adapted, base_fingerprint, check_same_base, pack, unpack
 from ctsft.weights import (
     MATRIX_MODULES,
@@ -36,6 +37,7 @@ from ctsft.weights import (
     width,
 )
 
+WORTH_KEEPING = 1.0  # seconds of work (estimated) from which bases are kept on disk
 LAST_UNIVERSAL: dict[str, Tensor] = {}
 
 
@@ -64,7 +66,7 @@ def make_plan(model: nn.Module, config: CTConfig) -> Plan:
         return Plan(ks, dict.fromkeys(targets), owners, config.fingerprint)
     for name, w in weights.items():
         check_k(config, name, w, ks[name])
-    return Plan(ks, make_bases(model, config, weights, ks), owners, now)
+    return Plan(ks, make_bases(model, config, weights, ks, now), owners, now)
 
 
 def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
@@ -126,18 +128,83 @@ def check_k(config: CTConfig, name: str, w: Tensor, k: int) -> None:
 
 
 def make_bases(
-    model: nn.Module, config: CTConfig, weights: dict[str, Tensor], ks: dict[str, int]
+    model: nn.Module, config: CTConfig, weights: dict[str, Tensor], ks: dict[str, int], now: str, but: str = ""
 ) -> dict[str, Basis | None]:
-    """The basis of every target.
+    """The basis of every target: another adapter's than `but` where it is the same, else the kept one, else made.
 
-    Matrices are decomposed side by side, each on one thread, so that the bits do not depend on the number of threads.
+    The bits are those of a fresh computation wherever they come from. Matrices are decomposed side by side, each on one
+    thread, so that the bits do not depend on the number of threads. `now`: fingerprint of the base weights.
     """
-    maker, dtype = basis_maker(model, config, ks.values()), getattr(torch, config.basis_dtype)
-    workers = torch.get_num_threads()
-    with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        made = pool.map(lambda n: maker(n, weights[n], ks[n]).rounded(dtype), weights)
-        progress = tqdm(made, "basis", len(weights), leave=False, delay=2, disable=None, unit="matrix")
-        return dict(zip(weights, progress, strict=True))
+    others = {n: other_bases(model.get_submodule(n), config, now, but) for n in weights}
+    bases: dict[str, Basis | None] = dict.fromkeys(weights)
+    for name, w in weights.items():
+        for other in others[name]:
+            if reaches(config, w.shape, ks[name], other.k) and (other.u is not None or config.form == "scores"):
+                bases[name] = sided(config, other.view(ks[name]))
+    missing = {n: w for n, w in weights.items() if bases[n] is None}
+    if missing:
+        bases |= computed(model, config, missing, ks, now)
+    for name, w in weights.items():
+        made = bases[name]
+        for other in others[name]:  # fewer directions of another adapter become views of these
+            if made is not None and other.k < made.k and reaches(config, w.shape, other.k, made.k):
+                other.refer_to(made)
+    return bases
+
+
+def recipe(config: CTConfig) -> tuple[object, ...]:
+    """What decides the directions beside the weights and K."""
+    drawn = config.basis == "random" or config.weight_from == "random"
+    shared = (config.form == "scores", config.universal_mode) if config.basis == "universal" else ()
+    return config.basis, config.weight_from, config.seed if drawn else None, *shared
+
+
+def other_bases(layer: nn.Module, config: CTConfig, now: str, but: str) -> list[Basis]:
+    """Bases of `layer` that adapters other than `but` recomputed by the same recipe from the same base weights."""
+    found: list[Basis] = []
+    if not isinstance(layer, CTLayer) or config.basis not in RECOMPUTABLE:
+        return found
+    for name, basis in layer.ctsft_basis.items():
+        theirs = layer.ctsft_config[name]
+        here = not theirs.stored_basis  # one from a file may have been made elsewhere
+        same = recipe(theirs) == recipe(config) and theirs.basis_dtype == config.basis_dtype
+        if basis is not None and name != but and here and same and layer.ctsft_fingerprint[name] == now:
+            found.append(basis)
+    return found
+
+
+def reaches(config: CTConfig, shape: torch.Size, k: int, found: int) -> bool:
+    """Whether the first `k` of `found` directions have the bits of `k` computed alone."""
+    top = config.basis == "weight" and config.weight_from == "top"
+    return k == found or (top and k < found and iterated(shape, k) and iterated(shape, found))
+
+
+def computed(
+    model: nn.Module, config: CTConfig, weights: dict[str, Tensor], ks: dict[str, int], now: str
+) -> dict[str, Basis | None]:
+    """Bases read from the cache folder, or made (and kept there, where they cost more than `WORTH_KEEPING`)."""
+    work = sum(seconds(w.shape, ks[n], config.weight_from == "top") for n, w in weights.items())
+    keep = config.basis == "weight" and work >= WORTH_KEEPING and keeps_bases()
+    key = key_of(*recipe(config), now)
+    kept = read_bases(key) if keep else {}
+    usable = (n for n, w in weights.items() if n in kept and reaches(config, w.shape, ks[n], kept[n].k))
+    found = {n: kept[n].own(ks[n]) for n in usable}
+    rest = [n for n in weights if n not in found]
+    if rest:
+        maker, workers = basis_maker(model, config, ks.values()), torch.get_num_threads()
+        with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            made = pool.map(lambda n: maker(n, weights[n], ks[n]), rest)
+            progress = tqdm(made, "basis", len(rest), leave=False, delay=2, disable=None, unit="matrix")
+            found |= dict(zip(rest, progress, strict=True))
+    larger = {n: found[n] for n in rest if n not in kept or kept[n].k < found[n].k}
+    if keep and larger:
+        write_bases(key, kept | larger)
+    return {n: sided(config, found[n]).rounded(getattr(torch, config.basis_dtype)) for n in weights}
+
+
+def sided(config: CTConfig, basis: Basis) -> Basis:
+    """Without the factor that trains: with `scores` the left one, where `basis` has both."""
+    return basis.input_side() if config.form == "scores" and config.basis in ("weight", "random") else basis
 
 
 def basis_maker(model: nn.Module, config: CTConfig, ks: Collection[int]) -> Callable[[str, Tensor, int], Basis]:
@@ -181,10 +248,8 @@ def basis_maker(model: nn.Module, config: CTConfig, ks: Collection[int]) -> Call
 
     def own(name: str, w: Tensor, k: int) -> Basis:
         if config.basis == "random":
-            basis = random_basis((w.shape[0], w.shape[1]), k, config.seed, name)
-        else:
-            basis = weight_basis(w, k, config.weight_from, config.seed, name)
-        return basis.input_side() if config.form == "scores" else basis
+            return random_basis((w.shape[0], w.shape[1]), k, config.seed, name)
+        return weight_basis(w, k, config.weight_from, config.seed, name)
 
     return own
 
@@ -317,12 +382,13 @@ def resize(
     )
     new.calibrated = old.calibrated or {names[id(m)]: m.ready(adapter_name) for m in layers.values()}
     weights = {names[id(m)]: checked(n, m.get_base_layer()) for n, m in layers.items()}
-    if first.ctsft_fingerprint[adapter_name] != base_fingerprint(bare, new, {names[id(m)]: m for m in layers.values()}):
+    now = base_fingerprint(bare, new, {names[id(m)]: m for m in layers.values()})
+    if first.ctsft_fingerprint[adapter_name] != now:
         raise CTError("the base weights are not those that the basis was made from, so K cannot be changed.")
     ks = {n: new.k_for(n) for n in weights}
     for name, w in weights.items():
         check_k(new, name, w, ks[name])
-    bases = make_bases(bare, new, weights, ks)
+    bases = make_bases(bare, new, weights, ks, now, but=adapter_name)
 
     old.k = k
     state = {} if optimizer is None else optimizer.state
