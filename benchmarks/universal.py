@@ -1,4 +1,5 @@
-"""The universal basis in one pass over a model's files, and the two passes over all weights that every start makes.
+"""The universal basis in one pass over a model's files (limits for 1.1B numbers: 60 s on 2 cores, 1.5 GB of memory),
+and the two passes over all weights that every start makes.
 
     python benchmarks/universal.py --model ~/models/TinyLlama --threads 2 --accuracy
 
@@ -19,13 +20,13 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import common
 import torch
 import xxhash
 from torch import Tensor
 
 from ctsft import universal
 from ctsft.models import load_skeleton
-from ctsft.record import cpu_name
 from ctsft.spectrum import one_thread, principal_directions
 from ctsft.universal import Checkpoint, universal_basis
 from ctsft.weights import check_finite, fingerprint, gram_of, universal_members, width
@@ -36,6 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m", help="built-in name or Hugging Face folder")
+    parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5, help="of every pair of old and new")
     parser.add_argument("--pieces", type=int, default=8, help="pieces of up to 8192 rows that the old Gram is timed on")
@@ -46,9 +48,8 @@ def main(argv: list[str] | None = None) -> str:
     if options.child:
         return say(json.dumps(one_pass(options.model)))
     parts = [streaming(options), gram_pair(options), accuracy(options) if options.accuracy else "", passes(options)]
-    head = f"## Universal basis and passes over all weights: {options.model.rstrip('/').rpartition('/')[2]}"
-    machine = f"{cpu_name()}, {options.threads} of {os.cpu_count()} cores, torch {torch.__version__}"
-    return say("\n\n".join(part for part in (head, machine, *parts) if part))
+    head = f"### Universal basis and passes over all weights: {options.model.rstrip('/').rpartition('/')[2]}"
+    return say("\n\n".join(part for part in (head, common.machine(options), *parts) if part))
 
 
 def say(text: str) -> str:
@@ -74,8 +75,7 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 
 def table(*rows: tuple[str, ...]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    return common.table(rows[0], rows[1:])
 
 
 def pair_row(name: str, old: list[tuple[float, float]], new: list[tuple[float, float]]) -> tuple[str, ...]:

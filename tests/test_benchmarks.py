@@ -11,10 +11,14 @@ import scaling
 import torch
 from torch import nn
 
+import tiny
+from ctsft import tuner
+
 TINY = ["--model", "tiny", "--layers", "1", "--k", "8", "--tokens", "32", "--repeats", "1"]
 MATRICES = 7  # of one block
 SHORT = {name: [TINY] for name in run.SCRIPTS}
 SHORT |= {"adapter_file": [[*TINY, "--tinylora"]], "scaling": [["--largest", "16", "--repeats", "1"]]}
+SHORT |= {"startup": [["--shape", "tiny", "--k", "8"]]}
 
 
 def options(*more):
@@ -32,8 +36,10 @@ def results(tmp_path_factory):
     """RESULTS.md of the tiny run, and what `run` returned."""
     path = tmp_path_factory.mktemp("results") / "RESULTS.md"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "SCRIPTS", SHORT)
+        folder = tiny.save_model(tmp_path_factory.mktemp("model") / "llama")
+        patch.setattr(run, "SCRIPTS", SHORT | {"universal": [["--model", folder, "--repeats", "1"]]})
         patch.setattr(scaling, "AT_LEAST", 0.0)
+        patch.setattr(tuner, "WORTH_KEEPING", 0.0)
         code = run.main(["--out", str(path)])
     return path, code
 
