@@ -1,5 +1,5 @@
 """How long an adapter takes to start (limits for 154 matrices of 1.1B numbers at K=64 on 2 cores: 60 s, and 3 s from
-the cache), beside peft's full decompositions; and how good the bases are (limit: energy within 0.1% of the exact top K).
+the cache), beside peft's full decompositions; how good the bases are (limit: energy within 0.1% of the exact top K).
 
     python benchmarks/startup.py --shape tinyllama --threads 2
     python benchmarks/startup.py --model path/to/a/folder --k 64 --peft-layers 1
