@@ -211,3 +211,14 @@ def test_zero_coefficients_change_no_bit(form):
     for dtype in DTYPES:
         x, weight, b, u, c, vh = pieces(form, "left", dtype, torch.float32, bias=True)
         assert_same_bits(AdaptedLinear.apply(x, weight, b, u, 0 * c, vh), nn.functional.linear(x, weight, b))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_torch_compile_makes_one_graph_of_an_adapted_layer(form):
+    """With the backend that needs no compiler: no break, the same numbers, by the plain way."""
+    _, one = layer(form)
+    x, c = torch.randn(5, 16), one.ctsft_coefficients["default"]
+    compiled = torch.compile(one, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), one(x), 1e-6)
+    (graph,), (plain,) = (torch.autograd.grad(f(x).square().sum(), c) for f in (compiled, one))
+    assert_close(graph, plain, 1e-5)
