@@ -66,7 +66,7 @@ def test_both_sides_are_orthonormal_contiguous_float32(make, k):
 def test_the_directions_of_a_smaller_k_are_the_first_of_a_larger(make):
     small, large = make(4), make(8)
     assert small.tensors().keys() == large.tensors().keys()
-    for a, b in zip(small.tensors().values(), large.head(4).tensors().values(), strict=True):
+    for a, b in zip(small.tensors().values(), large.own(4).tensors().values(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -163,10 +163,10 @@ def test_two_sides_are_views_of_one_tensor():
     assert torch.equal(sides[3][0].vh, vh[:3]) and torch.equal(sides[3][1].u, vh[:3].T)
 
 
-def test_head_of_all_is_the_same_and_of_fewer_holds_no_more_memory():
+def test_all_directions_are_the_same_basis_and_of_fewer_holds_no_more_memory():
     b = weight_basis(weights(), 6)
-    assert b.head(6) is b
-    assert b.head(2).u.untyped_storage().nbytes() == 4 * 14 * 2
+    assert b.own(6) is b
+    assert b.own(2).u.untyped_storage().nbytes() == 4 * 14 * 2
 
 
 def rotate(b, angle, side="both"):

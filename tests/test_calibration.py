@@ -129,7 +129,7 @@ def test_a_smaller_k_has_the_first_directions(basis, form):
     base = tiny()
     small, large = (adapt(tiny(), k=k, basis=basis, form=form) for k in (3, 6))
     for name, layer in owners(small).items():
-        fewer, more = layer.ctsft_basis["default"], owners(large)[name].ctsft_basis["default"].head(3)
+        fewer, more = layer.ctsft_basis["default"], owners(large)[name].ctsft_basis["default"].own(3)
         for a, b in zip(fewer.tensors().values(), more.tensors().values(), strict=True):
             assert torch.allclose(a, b, atol=1e-6)
     config = calibrate(base, CTConfig(k=6, basis=basis, form=form), batches())

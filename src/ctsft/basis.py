@@ -53,16 +53,6 @@ class Basis:
             if factor.device != device:
                 factor.data = factor.data.to(device)
 
-    def head(self, k: int) -> "Basis":
-        """The first `k` directions (all: the same factors, shared)."""
-        if k == self.k:
-            return self
-        return Basis(
-            None if self.u is None else self.u[:, :k].contiguous(),
-            None if self.vh is None else self.vh[:k].contiguous(),
-            None if self.start is None else self.start[:, :k].contiguous(),
-        )
-
     def view(self, k: int) -> "Basis":
         """The first `k` directions as views of these factors: no memory of their own."""
         u, vh, start = self.u, self.vh, self.start

@@ -223,7 +223,7 @@ def basis_maker(model: nn.Module, config: CTConfig, ks: Collection[int]) -> Call
                     f"the config was calibrated without {k} directions for {name}; call ctsft.calibrate with this "
                     "model and this k."
                 )
-            basis = calibrated[name].head(k)
+            basis = calibrated[name].own(k)
             if config.form == "scores":
                 return basis.input_side()
             return basis if basis.u is not None else paired(w, basis)
