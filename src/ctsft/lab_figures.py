@@ -34,6 +34,10 @@ RAMP = {
 }
 SHADES = list(RAMP)
 DASHES = ("solid", "dashed", "dotted", "dashdot")
+MARKERS = dict(zip(DASHES, "os^D", strict=True))  # a single point has no dash
+GLYPHS = dict(
+    zip(DASHES, "\N{BLACK CIRCLE}\N{BLACK SQUARE}\N{BLACK UP-POINTING TRIANGLE}\N{BLACK DIAMOND}", strict=True)
+)
 INCHES = (4.3, 2.8)
 LONGEST = 200  # points of a curve at most
 AXES = {  # what axes are called; other metrics by their own name
@@ -301,12 +305,24 @@ def drawing(
             xs, ys, halves = (list(column) for column in zip(*line.points, strict=True))
             if line.curve:
                 ax.plot(
-                    xs, ys, color=hue(colour), linestyle=dash, linewidth=1.4, marker="o" if len(xs) < 9 else "", ms=3
+                    xs,
+                    ys,
+                    color=hue(colour),
+                    linestyle=dash,
+                    linewidth=1.4,
+                    marker=MARKERS[dash] if len(xs) < 9 else "",
+                    ms=3,
                 )
                 low, high = ([y + sign * half for y, half in zip(ys, halves, strict=True)] for sign in (-1, 1))
                 ax.fill_between(xs, low, high, color=hue(colour), alpha=0.16, linewidth=0)
                 continue
-            style: dict[str, Any] = {"color": hue(colour), "marker": "o", "ms": 4, "elinewidth": 1.1, "capsize": 2}
+            style: dict[str, Any] = {
+                "color": hue(colour),
+                "marker": MARKERS[dash],
+                "ms": 4,
+                "elinewidth": 1.1,
+                "capsize": 2,
+            }
             joined = dash if line.joined and not ticks else "none"
             if ticks:
                 shift = 0.12 * (list(looks).index(line.key) - (len(looks) - 1) / 2)

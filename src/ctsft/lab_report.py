@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment
 
 from ctsft.experiment import Laboratory, arms, choose_rate
-from ctsft.lab_figures import RAMP, check, picture, told, varying
+from ctsft.lab_figures import GLYPHS, RAMP, SERIES, check, picture, told, varying
 from ctsft.record import write_text
 from ctsft.report import COLOURS, STYLE, duration, number, size, words
 from ctsft.summary import Row, chosen, rows, table
@@ -47,6 +47,8 @@ def write_lab_report(
     counts = Counter(verdict.verdict for verdict in verdicts)
     page = environment.from_string(TEMPLATE).render(
         style=environment.from_string(STYLE).render(colours=COLOURS | RAMP),
+        glyphs=GLYPHS,
+        colours=len(SERIES),  # with more lines than these, colours come again with another dash and marker
         verdicts=verdicts,
         counts=[(verdict, meaning, counts[verdict]) for verdict, meaning in VERDICTS.items()],
         papers=sorted({verdict.claim.source for verdict in verdicts}),
@@ -274,7 +276,7 @@ of the mean over seeds; rings are the paper's own figures.</p>
 <figure class="picture{% if p.svgs|length > 1 %} heat{% endif %}"><h4>{{ p.title }}</h4>
 <div>{% for of, svg in p.svgs %}<div>{% if of %}<b>{{ of }}</b>{% endif %}{{ svg|safe }}</div>{% endfor %}</div>
 {% if p.legend %}<div class="legend">{% for text, colour, line in p.legend %}<span><i {% if line in ("ring", "block") %}class="{{ line }}" style="--hue:var(--{{ colour }})"
-{% else %}style="border-top-style:{{ line }};border-top-color:var(--{{ colour }})"{% endif %}></i>{{ text }}</span>{% endfor %}</div>{% endif %}
+{% else %}style="border-top-style:{{ line }};border-top-color:var(--{{ colour }})"{% endif %}></i>{% if line in glyphs and colour != "ink" and p.legend|length > colours %}<b style="color:var(--{{ colour }})">{{ glyphs[line] }}</b> {% endif %}{{ text }}</span>{% endfor %}</div>{% endif %}
 <figcaption>{{ p.note }}</figcaption></figure>
 {% endfor %}
 </div>
