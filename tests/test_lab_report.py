@@ -16,7 +16,9 @@ from ctsft.claim import WORDS, Artefact, Claim, Verdict
 from ctsft.errors import CTError
 from ctsft.experiment import Experiment, Figure, Laboratory, arms, choose_rate, due
 from ctsft.lab_figures import (
+    GLYPHS,
     LAWS,
+    MARKERS,
     PLACES,
     RAMP,
     axis,
@@ -25,6 +27,7 @@ from ctsft.lab_figures import (
     logarithmic,
     picture,
     points,
+    styles,
     told,
 )
 from ctsft.lab_report import VERDICTS, write_lab_report
@@ -510,6 +513,12 @@ def test_numbers_take_the_ramp_and_names_the_series():
     assert [told("k", 4), told("tied", False), told("schedule", ""), told("model", "a/b"), told("steps", 3)] == [
         *("K = 4", "tied: no", "fixed K", "b", "steps = 3")
     ]
+
+
+def test_single_points_of_one_colour_differ_by_their_marker():
+    looks = [(colour, MARKERS[dash], GLYPHS[dash]) for colour, dash in styles([(f"arm {i}",) for i in range(20)])]
+    assert len({colour for colour, _, _ in looks}) < len(looks) == len({(colour, m) for colour, m, _ in looks})
+    assert len({m for _, m, _ in looks}) == len({g for _, _, g in looks}) == 3
 
 
 def test_axes_are_told_in_words():
