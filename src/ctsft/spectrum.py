@@ -48,7 +48,8 @@ def singular_triples(w: Tensor, which: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The singular triples of `w` (d_out, d_in) at the ranks `which` (K,), 0 being the largest.
 
     Returns u (d_out, K), s (K,), vh (K, d_in), all float64 on the CPU; the largest entry of each row of vh is positive.
-    A triple does not depend on which others are asked for.
+    A triple does not depend on which others are asked for. Orthonormal to 2e-8 where a matrix has values both above and
+    below GRAM_LIMIT, else to rounding.
     """
     with one_thread():
         a = w.detach().to("cpu", torch.float64)
