@@ -1,7 +1,7 @@
 """How long an adapter takes to start (limits for 154 matrices of 1.1B numbers at K=64 on 2 cores: 60 s, and 3 s from
 the cache), beside peft's full decompositions; how good the bases are (limit: energy within 0.1% of the exact top K).
 
-    python benchmarks/startup.py --shape tinyllama --threads 2
+    python benchmarks/startup.py --shape tinyllama-1.1b --threads 2
     python benchmarks/startup.py --model path/to/a/folder --k 64 --peft-layers 1
 
 Prints Markdown. Seconds are given twice: on the clock, and of processor time of all threads, which other work on the
@@ -23,7 +23,7 @@ import common
 import torch
 from peft import LoraConfig, PsoftConfig, TinyLoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import ctsft
 from ctsft import tuner
@@ -31,26 +31,13 @@ from ctsft.basis import weight_basis
 from ctsft.spectrum import one_thread
 from ctsft.store import adapted
 
-TINYLLAMA = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-}
-SHAPES = {
-    "tinyllama": TINYLLAMA,
-    "tiny": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 1, "vocab_size": 64},
-}  # fmt: skip
 CLOSE = 1e-3  # singular values nearer than this share of the largest are one cluster
 
 
 def random_model(shape: str, k: int = 256) -> nn.Module:
     """A Llama of `shape` in bfloat16; every matrix is noise with `k` directions of decaying strength above it."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape]))  # type: ignore[arg-type]
+        model = LlamaForCausalLM(common.shaped(argparse.Namespace(model=shape, width=None, layers=None, vocab=None)))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
@@ -238,7 +225,7 @@ def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="a Hugging Face folder of the Llama kind")
-    which.add_argument("--shape", choices=SHAPES, default="tinyllama", help="random weights of this shape")
+    which.add_argument("--shape", choices=common.SHAPES, default="tinyllama-1.1b", help="random weights of this shape")
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--k", type=int, default=64)

@@ -1,12 +1,14 @@
+"""Weights, their fingerprint beside the plain one that benchmarks/universal.py times."""
+
 import weakref
 
 import pytest
 import torch
-import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from universal import old_fingerprint
 
 from ctsft import weights
 from ctsft.errors import CTError
@@ -197,15 +199,6 @@ def test_few_pieces_are_in_memory_at_a_time(monkeypatch):
     assert most <= 2 + 3 and not alive  # in work or waiting, the one drawn and the one before it
 
 
-def plain_fingerprint(pairs):
-    total = xxhash.xxh3_128()
-    for name, weight in sorted(pairs, key=lambda pair: pair[0]):
-        exact = weight.detach().cpu() if weight.dtype == torch.float64 else weight.detach().to("cpu", torch.float32)
-        total.update(f"{name} {tuple(weight.shape)} ".encode())
-        total.update(exact.contiguous().numpy())
-    return f"xxh3-{total.hexdigest()}"
-
-
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8))
 @pytest.mark.parametrize("shape", ((), (0,), (0, 3), (1, 1), (5, 7), (3, CHUNK // 3), (2, CHUNK // 2), (3, CHUNK + 1)))
 def test_a_fingerprint_in_chunks_is_that_of_the_whole(dtype, shape):
@@ -214,7 +207,7 @@ def test_a_fingerprint_in_chunks_is_that_of_the_whole(dtype, shape):
     if w.ndim == 2:
         views += [w.T, w[:, ::2], w[::2].T, nn.Parameter(w.float()).to(dtype), w[:, :1].expand(-1, 4)]
     for view in views:
-        assert fingerprint([("b", w), ("a", view)]) == plain_fingerprint([("b", w), ("a", view)])
+        assert fingerprint([("b", w), ("a", view)]) == old_fingerprint([("b", w), ("a", view)])
 
 
 def test_a_fingerprint_stays_what_adapters_on_disk_carry():

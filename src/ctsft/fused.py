@@ -32,12 +32,8 @@ class AdaptedLinear(torch.autograd.Function):
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         y = F.linear(rows, weight, bias)
-        if vh is None:
-            z = rows.float() @ c
-            ctx.save_for_backward(x, weight, u, c, vh)
-        else:
-            z = product(rows, vh.T, x.dtype)
-            ctx.save_for_backward(z, weight, u, c, vh)
+        z = rows.float() @ c if vh is None else product(rows, vh.T, x.dtype)
+        ctx.save_for_backward(x if vh is None else z, weight, u, c, vh)
         if u is None:
             y = added(y, z.float(), c.T)
         else:

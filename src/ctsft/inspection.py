@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ctsft.errors import CTError
 from ctsft.spectrum import effective_rank, energy, one_thread, singular_values, stable_rank
 from ctsft.universal import universal_basis
-from ctsft.weights import checked, matrices, universal_gram, universal_members, width
+from ctsft.weights import ROWS, checked, matrices, universal_gram, universal_members, width
 
-ROWS = 8192  # rows of a tall matrix (an embedding) that are in memory as float64 at once
 SAMPLES = 40  # points that stand for a whole spectrum
 KINDS = 60  # rows of the printed table
 PLACE = re.compile(r"(?:.*?\.(\d+)\.)?(.+)")  # "model.layers.3.mlp.up_proj": the block's index and the kind of matrix

@@ -261,15 +261,8 @@ def universal_directions(model: nn.Module, d_model: int) -> Tensor:
     """
     members = universal_members(model, d_model)
     key = fingerprint((n, matrix(m)) for n, m in members.items())
-    return kept_universal(
-        key, lambda: principal_directions(universal_gram(members, d_model, "universal basis"), d_model)
-    )
-
-
-def kept_universal(key: str, make: Callable[[], Tensor]) -> Tensor:
-    """The universal directions of the weights with fingerprint `key`: the kept ones, or those of `make`, kept alone."""
     if key not in LAST_UNIVERSAL:
-        made = make()
+        made = principal_directions(universal_gram(members, d_model, "universal basis"), d_model)
         LAST_UNIVERSAL.clear()
         LAST_UNIVERSAL[key] = made
     return LAST_UNIVERSAL[key]
