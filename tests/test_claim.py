@@ -232,6 +232,22 @@ def test_the_detail_has_the_numbers():
     assert found.detail.endswith("5 seeds; train_loss 7.499 (k 4), 8 (k 2)")
 
 
+def test_an_arm_alone_has_no_name_and_is_told_once():
+    found = verdict(claim("above", where={"k": 4}, number=7.1), FALLING)
+    assert found.detail.startswith("train_loss is 7.499 [") and found.detail.endswith(" seeds")
+    exact = claim("exact", metric="trained", where={"k": 4}, number=132, effect=0.0)
+    assert verdict(exact, None, make=scaled(33)).detail == "trained is 132 in all 5 runs"
+    assert verdict(exact, None, make=scaled(32)).detail.startswith("trained is 128 at seed ")
+
+
+def test_the_side_that_decided_goes_with_the_verdict():
+    found = verdict(claim("less", a={"k": 16}, b={"k": [2, 4, 8]}), by_k(k2=8, k4=6.5, k8=8, k16=7))
+    assert found.side.label == "k 4 minus k 16" and found.side.test.mean == pytest.approx(-0.5, abs=0.02)
+    assert found.detail.startswith(found.side.told())
+    with_cause = claim("less", a={"k": 4}, b={"k": 2}, artefact={"cause": "None.", "control": {"a": {"k": 8}}})
+    assert verdict(with_cause, FALLING).side.label == "k 2 minus k 4"
+
+
 def test_the_rate_that_was_not_bracketed_is_told():
     lab = laboratory({"k": 4}, {"k": 2, "rates": [0.1, 1.0]})
     make = losing(lambda s: 7.0 if s.k == 4 else 8.0 - 0.1 * math.log10(s.lr))

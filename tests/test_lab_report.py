@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib.figure import Figure as MatplotlibFigure
 
-from ctsft.claim import WORDS, Artefact, Claim, Verdict
+from ctsft.claim import WORDS, Artefact, Claim, Side, Verdict
 from ctsft.errors import CTError
 from ctsft.experiment import Experiment, Figure, Laboratory, arms, choose_rate, due
 from ctsft.lab_figures import (
@@ -30,7 +30,7 @@ from ctsft.lab_figures import (
     styles,
     told,
 )
-from ctsft.lab_report import VERDICTS, write_lab_report
+from ctsft.lab_report import VERDICTS, places, write_lab_report
 from ctsft.summary import rows, table
 
 CHROMIUM = shutil.which("chromium")
@@ -39,21 +39,22 @@ KINDS = ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")
 NAMES = [f"blocks.{i}.{kind}" for i in range(8) for kind in KINDS] + ["tok_emb"]
 
 
-def a_verdict(name, text, word, detail, source="82", control="", p=None, **claim):
+def a_verdict(name, text, word, detail, source="82", control="", p=None, side=None, **claim):
     """A verdict on a claim of the experiment `source`; with a control the claim has a cause."""
     if control:
         claim["artefact"] = Artefact(cause="The head of the model is random.", control={"where": {"tied": True}})
     fields = {"experiments": (source,), "predicate": "above", "metric": "loss_drop", "number": 0.0, "effect": 0.05}
     fields |= {"a": {"k": 2}, "where": {"tied": False}}
     made = Claim(**{"id": name, "source": source, "text": text} | fields | claim)
-    return Verdict(made, word, detail, p, 5 if p is not None else 0, control)
+    return Verdict(made, word, detail, p, 5 if p is not None else 0, control, side)
 
 
 LONG = "k 32 minus k 2 is -0.93 [-0.98, -0.88], claimed above 0.05; " + ", ".join(f"7.{i} (k {i})" for i in range(40))
+SIDE = Side("k 32 minus k 2", [-0.96, -0.93, -0.91, -0.92, -0.93], 0.05)
 CONTROL = "control (tied True) refuted: the drop is 0.61 [0.58, 0.64]"
 VERDICT_LIST = [
     a_verdict("81-fixed", "Fixed K=32 beats all dynamic schedules.", "confirmed", "it is 0.3 [0.2, 0.4]", "81", p=1e-7),
-    a_verdict("82-four", "K=2 wins with 4x the budget.", "refuted", LONG, p=0.003),
+    a_verdict("82-four", "K=2 wins with 4x the budget.", "refuted", LONG, p=0.003, side=SIDE),
     a_verdict("82-dead", "K=16 is a dead zone.", "artefact", "the drop is 0.00 [-0.01, 0.01]", p=0.01, control=CONTROL),
     a_verdict(
         "85-noise", "Directions 33 to 64 are noise.", "inconclusive", "0.012", "85", p=0.4, note="Its own ratio."
@@ -335,6 +336,26 @@ def test_every_claim_is_on_the_page(page):
     assert "arithmetic on the papers' figures" not in page.text
 
 
+def test_a_strip_shows_the_mean_and_its_interval_against_the_bound(html, page):
+    at = places(SIDE)
+    assert 14 == at["low"] < at["mean"] < at["high"] < at["bound"] == 286
+    share = (SIDE.test.mean - SIDE.test.low) / (SIDE.bound - SIDE.test.low)
+    assert at["mean"] == pytest.approx(14 + share * 272, abs=0.06)
+    assert html.count('<svg class="strip') == 1 and f'<rect x="{at["bound"]}" width="14.0"' in html
+    assert SIDE.told() in page.text and "loss drop on the step's batch, nats per token" in page.text
+
+
+@pytest.mark.parametrize("numbers", [[], [0.05, 0.05, 0.05]])
+def test_a_side_without_extent_has_no_strip(numbers):
+    assert places(Side("k 2", numbers, 0.05)) is None
+
+
+def test_a_correlation_is_drawn_as_r():
+    at = places(Side("r", [math.atanh(r) for r in (0.90, 0.92, 0.94)], math.atanh(0.5), show=math.tanh))
+    assert at["bound"] == 14 and at["high"] == 286
+    assert (at["mean"] - at["low"]) > (at["high"] - at["mean"])  # wider downwards, as an interval of r is
+
+
 def test_the_verdicts_are_those_that_are_given():
     assert tuple(VERDICTS) == WORDS
 
@@ -428,7 +449,7 @@ def test_the_page_is_self_contained(html, page):
 
 
 def test_plots_take_the_colours_of_the_scheme(whole, html):
-    figures = re.findall(r"<svg.*?</svg>", html, flags=re.DOTALL)
+    figures = re.findall(r"<svg (?!class).*?</svg>", html, flags=re.DOTALL)
     assert len(figures) == sum(len(e.figures) for e in whole[0].experiments.values())
     for figure in figures:
         assert set(re.findall(r"#[0-9a-f]{6}\b", figure)) == set()
@@ -524,7 +545,7 @@ def test_single_points_of_one_colour_differ_by_their_marker():
 def test_axes_are_told_in_words():
     assert axis("train_loss@1280/k") == "loss on the step's batch, nats per token, after 1280 K-steps"
     assert axis("heldout_loss@40") == "held-out loss, nats per token, after 40 updates"
-    assert [axis("k"), axis("diversity.last"), axis("snr_top")] == ["K", "diversity, last", "snr top"]
+    assert [axis("k"), axis("snr_rest.last"), axis("snr_top")] == ["K", "snr rest, last", "snr top"]
 
 
 @pytest.mark.parametrize("scale", [{"x": "step", "y": "cosine"}, {"x": "step", "y": "diversity"}])

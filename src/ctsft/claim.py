@@ -182,6 +182,10 @@ class Cell:
     def mean(self) -> float:
         return math.fsum(self.by_seed.values()) / len(self.by_seed)
 
+    @property
+    def of(self) -> str:
+        return "" if self.label == ONE else f" of {self.label}"
+
 
 class NotRun(Exception):
     """Runs or measurements that a claim needs do not exist; the message says which."""
@@ -314,9 +318,9 @@ def quantity(claim: Claim, runs: Runs) -> list[Side]:
         numbers = [(f"{x.label} {word} {y.label}", paired([x, y], combine)) for x in first for y in others]
     elif claim.against_metric:
         pairs = zip(first, runs.cells(claim.a, metric), strict=True)
-        numbers = [(f"{claim.metric} {word} {metric} of {x.label}", paired([x, y], combine)) for x, y in pairs]
+        numbers = [(f"{claim.metric} {word} {metric}{x.of}", paired([x, y], combine)) for x, y in pairs]
     else:
-        numbers = [(f"{claim.metric} of {x.label}", paired([x], float)) for x in first]
+        numbers = [(claim.metric + x.of, paired([x], float)) for x in first]
     out = []
     for label, found in numbers:
         if claim.predicate in ("near", "above"):
@@ -416,6 +420,7 @@ class Verdict:
     p: float | None = None  # corrected; of the verdict's direction, of the likelier one if inconclusive
     seeds: int = 0
     control: str = ""  # the control's verdict and detail
+    side: Side | None = None  # the side that decided it, or came nearest to it
 
 
 class Verdicts(list[Verdict]):
@@ -493,28 +498,29 @@ def _equals(claim: Claim, runs: Runs) -> _Judged:
         for seed, found in cell.by_seed.items():
             n += 1
             if abs(found - wanted) > claim.effect:
-                told = f"{claim.metric} of {cell.label} is {_digits(found)} at seed {seed}, not {_digits(wanted)}"
+                told = f"{claim.metric}{cell.of} is {_digits(found)} at seed {seed}, not {_digits(wanted)}"
                 return _Judged(claim, "refuted", told + (f" ({text})" if claim.per else ""))
     if not n:
         raise NotRun(f"{claim.metric} is not measured, all runs diverged")
     within = f" within {short(claim.effect)}" if claim.effect else ""
-    return _Judged(claim, "confirmed", f"{claim.metric} is {text}{within} in all {n} runs ({_means(cells)})")
+    return _Judged(claim, "confirmed", f"{claim.metric} is {text}{within} in all {n} runs{_means(cells, ' ({})')}")
 
 
 def _digits(number: float) -> str:
     return f"{number:,.0f}" if number == int(number) else f"{number:,.6g}"
 
 
-def _means(cells: Sequence[Cell]) -> str:
-    """`train_loss: 8.46 (k 32), 9.13 (k 8)`, by metric; each arm once."""
+def _means(cells: Sequence[Cell], form: str = "{}") -> str:
+    """`train_loss 8.46 (k 32), 9.13 (k 8)` in `form`, by metric, each arm once; nothing for an arm alone."""
     by_metric: dict[str, dict[str, str]] = {}
-    for cell in cells:
+    for cell in cells if len(cells) > 1 else ():
         if cell.metric not in Spec.model_fields:
             shown = short(cell.mean) if cell.by_seed else "diverged"
             by_metric.setdefault(cell.metric, {})[cell.label] = (
                 shown if cell.label == ONE else f"{shown} ({cell.label})"
             )
-    return "; ".join(f"{metric} {', '.join(arms.values())}" for metric, arms in by_metric.items())
+    told = "; ".join(f"{metric} {', '.join(arms.values())}" for metric, arms in by_metric.items())
+    return form.format(told) if told else ""
 
 
 def _remarks(cells: Sequence[Cell]) -> list[str]:
@@ -539,8 +545,8 @@ def _single(one: _Judged, holds: float, fails: float) -> Verdict:
         side = max(one.sides, key=lambda s: (s.holds, -s.margin))
     seeds = min(s.test.n for s in one.sides)
     few = f" (fewer than {SEEDS}: no verdict)" if seeds < SEEDS else ""
-    detail = f"{side.told()}; p {_p(p)}, {seeds} seeds{few}; {one.detail}"
-    return Verdict(one.claim, word, detail, p, seeds)
+    detail = "; ".join(filter(None, (side.told(), f"p {_p(p)}, {seeds} seeds{few}", one.detail)))
+    return Verdict(one.claim, word, detail, p, seeds, side=side)
 
 
 def _p(p: float) -> str:
@@ -556,7 +562,7 @@ def _with_control(claim: Claim, verdict: Verdict, control: Verdict) -> Verdict:
         word, detail = "artefact", f"{claim.artefact.cause} As the paper has it: {detail}"
     elif word == "confirmed" and control.verdict != "confirmed":
         word, detail = "inconclusive", f"holds as the paper has it, its control is open; {detail}"
-    return Verdict(claim, word, detail, verdict.p, verdict.seeds, told)
+    return Verdict(claim, word, detail, verdict.p, verdict.seeds, told, verdict.side)
 
 
 def _changes(claim: Claim) -> str:

@@ -67,7 +67,16 @@ AXES = {  # what axes are called; other metrics by their own name
     "coverage_output": "share of the gradient's energy on the output side of the K directions",
     "coverage_diagonal.first": "share of the gradient's energy on the diagonal, before training",
     "true_effective_rank": "effective rank of \N{PARTIAL DIFFERENTIAL}L/\N{PARTIAL DIFFERENTIAL}W",
+    "coverage_two_sided": "share of the gradient's energy in the K \N{MULTIPLICATION SIGN} K block of the directions",
     "cosine": "cosine of consecutive gradients",
+    "monotonic_share": "share of updates that lower the loss",
+    "first_loss": "loss before training, nats per token",
+    "drop_per_10k_counted": "loss drop per 10,000 counted numbers",
+    "constrained_effective_rank": "effective rank of the gradient through K directions",
+    "diversity": "effective number of gradient directions so far",
+    "abs_mean_over_std_top": "|mean| / standard deviation of the gradient, top 20",
+    "abs_mean_over_std_rest": "|mean| / standard deviation of the gradient, rest",
+    "flops": "floating-point operations of training",
 }
 
 Shapes = list[tuple[int, int]]

@@ -1,5 +1,6 @@
 """The laboratory's page: every claim with its verdict first, then for each experiment the plots it should have had."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment
 
 from ctsft.experiment import Laboratory, arms, choose_rate
-from ctsft.lab_figures import GLYPHS, RAMP, SERIES, check, picture, told, varying
+from ctsft.lab_figures import GLYPHS, RAMP, SERIES, axis, check, picture, told, varying
 from ctsft.record import write_text
 from ctsft.report import COLOURS, STYLE, duration, number, size, words
 from ctsft.summary import Row, chosen, rows, table
 
 if TYPE_CHECKING:
-    from ctsft.claim import Verdict
+    from ctsft.claim import Side, Verdict
 
 VERDICTS = {  # in the order of the page
     "confirmed": "it holds, by the test that was written before the runs were read",
@@ -41,7 +42,7 @@ def write_lab_report(
     are 95% t intervals over the seeds. Raises CTError for a figure that names a metric, a field or a law wrongly.
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, words=words, source=source, p=shown_p)
+    environment.filters.update(number=number, words=words, source=source, p=shown_p, places=places, axis=axis)
     environment.globals.update(size=size, duration=duration)
     sections = [section(laboratory, name, records, profile, protocol) for name in laboratory.experiments]
     counts = Counter(verdict.verdict for verdict in verdicts)
@@ -99,6 +100,16 @@ def shown_p(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
 
 
+def places(side: "Side", width: float = 300, margin: float = 14) -> dict[str, float] | None:
+    """Where a strip `width` wide shows the bound, the mean and its interval; None if there is no number."""
+    found = {name: side.show(getattr(side.test, name)) for name in ("low", "mean", "high")}
+    found["bound"] = side.show(side.bound)
+    first, last = min(found.values()), max(found.values())
+    if math.isnan(found["mean"]) or math.isclose(first, last):
+        return None
+    return {name: round(margin + (v - first) / (last - first) * (width - 2 * margin), 1) for name, v in found.items()}
+
+
 def common(found: Sequence[Row]) -> dict[str, Any]:
     """What all arms share and is not the default."""
     if not found:
@@ -137,6 +148,9 @@ def recipe(
 TEMPLATE = """\
 {% macro anchor(name) %}experiment-{{ name }}{% endmacro %}
 {% macro cost(value, words) %}{% if value is none %}&ndash;{% else %}{{ words(value) }}{% endif %}{% endmacro %}
+{% macro strip(v) %}{% set at = v.side|places %}{% if at %}<svg class="strip {{ v.verdict|replace(" ", "-") }}" viewBox="0 0 300 16" role="img" aria-label="{{ v.side.told() }}">
+<rect x="{{ at.bound if v.side.above else 0 }}" width="{{ 300 - at.bound if v.side.above else at.bound }}" height="16"/><path d="M{{ at.bound }} 0v16M0 8h300"/>
+<line x1="{{ at.low }}" x2="{{ at.high }}" y1="8" y2="8"/><circle cx="{{ at.mean }}" cy="8" r="3.5"/></svg>{% endif %}{% endmacro %}
 {% macro pill(verdict) %}<b class="pill {{ verdict|replace(" ", "-") }}">{{ verdict }}</b>{% endmacro %}
 <!DOCTYPE html>
 <html lang="en">
@@ -182,6 +196,8 @@ input { flex: 1 1 12rem; max-width: 20rem; }
 .claims .text { width: 38%; font: .95rem/1.45 Charter, "Bitstream Charter", "Iowan Old Style", "Palatino Linotype", Georgia, serif; }
 .claims .name { white-space: nowrap; color: var(--muted); }
 .claims .measured { font-size: .82rem; overflow-wrap: anywhere; } .claims dl { display: block; margin: .3rem 0; font-size: inherit; } .claims dd { margin-bottom: .4rem; }
+.strip { width: 100%; max-width: 300px; margin: .2rem 0 .35rem; border-radius: 3px; background: var(--panel); } .strip rect { fill: var(--rule); }
+.strip path { stroke: var(--muted); stroke-width: .6; } .strip line { stroke: var(--hue); stroke-width: 3; opacity: .55; } .strip circle { fill: var(--hue); }
 .measured > div { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 4; overflow: hidden; } .measured:has([open]) > div { display: block; }
 .claims details { margin: .2rem 0 0; } .claims summary { padding: .1rem 0; font-size: .78rem; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1.6rem 2.4rem; margin: 1.4rem 0; }
@@ -225,7 +241,7 @@ input { flex: 1 1 12rem; max-width: 20rem; }
 <p class="lead">{{ verdicts|length|number }} claims, judged on {{ runs|number }} runs by tests that were fixed beforehand.</p>
 <p class="note">Profile {{ profile }}, {{ protocol }} protocol. {% if protocol == "paper" %}The paper's own settings: one seed, a learning rate of 0.005, the same batch at
 every step.{% else %}The learning rate of every arm is tuned; no claim is judged on one seed.{% endif %} Losses are in nats per token. Bars and bands are 95% t intervals
-of the mean over seeds; rings are the paper's own figures.</p>
+of the mean over seeds; rings are the paper's own figures. A claim's strip: the mean and its interval against the bound, shaded where the claim has it.</p>
 </header>
 <section id="claims">
 <h2>Claims</h2>
@@ -244,11 +260,12 @@ of the mean over seeds; rings are the paper's own figures.</p>
 <table class="claims"><thead><tr><th>claim</th><th>sentence</th><th>verdict</th><th>measured</th></tr></thead><tbody>
 {% for v in verdicts %}
 <tr id="claim-{{ v.claim.id }}" data-paper="{{ v.claim.source }}" data-verdict="{{ v.verdict }}"><td class="name">{{ v.claim.id }}</td><td class="text">{{ v.claim.text }}</td>
-<td>{{ pill(v.verdict) }}</td><td class="measured"><div>{{ v.detail }}</div>
-<details><summary>{% if v.p is not none %}p {{ v.p|p }}, {{ v.seeds }} seeds{% else %}more{% endif %}</summary><dl>
+<td>{{ pill(v.verdict) }}</td><td class="measured">{% if v.side %}<small class="none">{{ v.claim.metric|axis }}</small>{{ strip(v) }}<div>{{ v.side.told() }}</div>{% else %}<div>{{ v.detail }}</div>{% endif %}
+<details><summary>{% if v.p is not none %}corrected p {{ v.p|p }}, {{ v.seeds }} seeds{% else %}more{% endif %}</summary><dl>
 {% if v.claim.artefact %}<dt>{{ "cause" if v.verdict == "artefact" else "cause that was tried" }}</dt><dd>{{ v.claim.artefact.cause }}</dd>{% endif %}
 {% if v.control %}<dt>control</dt><dd>{{ v.control }}</dd>{% endif %}
-<dt>what counts</dt><dd>{{ v.claim.predicate }}: {{ v.claim.metric }}, by more than {{ v.claim.effect }}{% if v.p is not none %}; p is corrected for the number of claims{% endif %}</dd>
+{% if v.side %}<dt>measured</dt><dd>{{ v.detail }}</dd>{% endif %}
+<dt>what counts</dt><dd>{{ v.claim.predicate }}: {{ v.claim.metric }}, by more than {{ v.claim.effect }}{% if v.p is not none %}; p is corrected for the number of tests{% endif %}</dd>
 <dt>runs</dt><dd>{% for name in v.claim.experiments %}<a href="#{{ anchor(name) }}">{{ name }}</a>{{ ", " if not loop.last }}{% endfor %}, {{ v.claim.protocol }} protocol</dd>
 {% if v.claim.note %}<dt>note</dt><dd>{{ v.claim.note }}</dd>{% endif %}
 </dl></details></td></tr>
