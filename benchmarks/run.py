@@ -33,6 +33,7 @@ SCRIPTS: dict[str, list[list[str]]] = {
     "saved_activations": [[], BF16],
     "methods": [[]],
     "per_sample": [[], SMOLLM2],
+    "probes": [[]],
     "adapter_file": [["--tinylora"]],
     "scaling": [[], BF16],
     "startup": [["--peft-layers", "1"]],

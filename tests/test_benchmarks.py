@@ -1,5 +1,7 @@
 """The benchmarks run, and what they count is right. No time is asserted: times drift."""
 
+from typing import get_args
+
 import adapter_file
 import common
 import methods
@@ -13,6 +15,7 @@ from torch import nn
 
 import tiny
 from ctsft import tuner
+from ctsft.experiment import PROBES
 
 TINY = ["--model", "tiny", "--layers", "1", "--k", "8", "--tokens", "32", "--repeats", "1"]
 MATRICES = 7  # of one block
@@ -70,6 +73,13 @@ def test_trained_numbers_and_missing_peers_in_the_tables(results):
         "EigenTune diagonal r=8",
     ]
     assert "does not run" not in found["per_sample cpu"]
+    probes = rows(found["probes cpu"])
+    assert [name for name, cells in probes.items() if cells[1] == "-"] == [
+        "a training step",
+        "none: norms and cosines alone",
+        "diversity",
+    ]
+    assert {*get_args(PROBES), "all four in one pass"} <= set(probes)
 
 
 def test_our_files_are_within_the_limit(results):
