@@ -4,10 +4,11 @@ from peft import PsoftConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ctsft import CTError, resize
-from ctsft.arms import allocate, equip, matched_k, rank_for, targets, trained_numbers
+from ctsft.arms import allocate, equip, targets
 from ctsft.experiment import Spec
 from ctsft.layer import CTLayer
 from ctsft.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
+from ctsft.schedule import counted_parameters
 from ctsft.spectrum import effective_rank
 from ctsft.weights import matrix
 from helpers import EMBEDDING, HEAD, SHAPES, VOCABULARY, assert_close, assert_same_bits, batches, ids, logits, tiny
@@ -156,8 +157,7 @@ def test_the_papers_model_has_33_matrices_and_the_papers_counts():
     modules = targets(PhotonicGPTForCausalLM(PhotonicGPTConfig()), spec())
     shapes = [tuple(m.weight.shape) for m in modules.values()]
     assert len(shapes) == 33 and shapes[0] == (15_007, 256)
-    assert trained_numbers("lora", 1, shapes) == 48_031
-    assert trained_numbers("diagonal", 64, shapes) == 2_112
+    assert counted_parameters(1, shapes) == 48_031
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -344,27 +344,6 @@ def test_allocation_by_hand():
             allocate([1, 1, 1], total, [3, 3, 4])
 
 
-@pytest.mark.parametrize("method", WITH_K)
-@pytest.mark.parametrize("shape", ("photonic", "llama"))
-def test_a_matched_k_is_the_largest_that_stays_within_the_budget(shape, method):
-    shapes = expected_shapes(shape, method, "paper")
-    for budget in (100, 2000):
-        k = rank_for(three(shape), spec(method), budget)
-        assert k == matched_k(method, shapes, budget)
-        assert equip(three(shape), spec(method, k=k), batches()).trained <= budget or k == 1
-        if k < min(map(min, shapes)):
-            assert equip(three(shape), spec(method, k=k + 1), batches()).trained > budget
-
-
-def test_a_matched_k_knows_the_transposed_matrices_of_the_universal_basis():
-    for budget in (1010, 1700):  # 336 numbers a K if none took part transposed, 360 in truth
-        k = rank_for(three(), spec("scores", "blocks", basis="universal"), budget)
-        counts = [
-            equip(three(), spec("scores", "blocks", basis="universal", k=n), batches()).trained for n in (k, k + 1)
-        ]
-        assert counts[0] <= budget < counts[1]
-
-
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -380,8 +359,6 @@ def test_what_a_method_cannot_do_is_said():
             equip(three(), spec(method, k=0), batches())
     with pytest.raises(CTError, match="more than the 8 directions"):
         equip(three(), spec(k=9), batches())
-    with pytest.raises(CTError, match="ia3 has no K"):
-        matched_k("ia3", [(4, 4)], 100)
     model = three()
     model.config.model_type = "unheard"
     with pytest.raises(CTError, match="names no feed-forward matrix of unheard models"):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from ctsft import cli_lab
 from ctsft.cli import app
 from ctsft.errors import CTError
+from ctsft.summary import rows
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -41,7 +42,7 @@ def test_outside_a_laboratory_it_says_so(tmp_path, monkeypatch):
     ("words", "sentence"),
     [
         (["list", "--profile", "huge"], "there is no profile 'huge'"),
-        (["list", "--protocol", "kind"], "--protocol 'kind' is unknown"),
+        (["list", "--protocol", "kind"], "there is no protocol 'kind'; there are honest, paper"),
         (["run", "no-such"], "there is no experiment 'no-such'"),
     ],
 )
@@ -120,6 +121,18 @@ main()
 
 def test_the_committed_verdicts_are_what_the_committed_records_say(here):
     lab("verdicts", "--check")
+
+
+def test_arms_of_the_arena_that_should_train_equally_many_numbers_do(here):
+    laboratory, known = cli_lab.opened(EXPERIMENTS, None)
+    ran = [row for row in rows(laboratory, "arena", known) if row.records]
+    lora = {(row.spec.model, row.spec.k): row.mean("trained") for row in ran if row.spec.method == "lora"}
+    assert len({model for model, _ in lora}) >= 2
+    for row in ran:
+        if row.name == "64 a matrix":
+            assert row.mean("trained") == 64 * row.mean("matrices")
+        if row.name.startswith("as many as LoRA r"):
+            assert row.mean("trained") == pytest.approx(lora[row.spec.model, int(row.name[17:])], rel=0.02)
 
 
 def test_records_are_json_of_this_format():

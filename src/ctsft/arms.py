@@ -14,7 +14,6 @@ is tuned for every arm, and a scale would only move it. What trains, per adapted
 import re
 import tempfile
 import warnings
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +35,7 @@ from ctsft.schedule import counted_parameters
 from ctsft.spectrum import effective_rank, singular_values
 from ctsft.store import adapted
 from ctsft.tuner import find_targets
-from ctsft.weights import matrix, takes_part_transposed, width
+from ctsft.weights import matrix
 
 FORMS = ("diagonal", "core", "scores")
 LORAS = ("lora", "lora-fa", "lora-xs")
@@ -321,34 +320,3 @@ def allocate(weights: Sequence[float], total: int, limits: Sequence[int]) -> lis
     for i in largest[: total - sum(whole)]:
         whole[i] += 1
     return whole
-
-
-def trained_numbers(method: str, k: int, shapes: Sequence[tuple[int, int]]) -> int:
-    """How many numbers `method` trains at `k` on matrices of `shapes` (d_out, d_in); CTError for one without a K.
-
-    For `scores` on the universal basis, matrices that take part transposed (o_proj, down_proj) count as (d_in, d_out).
-    """
-    outputs, both = sum(d_out for d_out, _ in shapes), sum(map(sum, shapes))
-    square = k * k * len(shapes)
-    counts = {"diagonal": k * len(shapes), "core": square, "lora-xs": square}
-    counts |= {"scores": k * outputs, "lora-fa": k * outputs, "lora": k * both}
-    if method not in counts:
-        raise CTError(f"{method} has no K that its trained count follows; choose one of {', '.join(counts)}.")
-    return counts[method]
-
-
-def matched_k(method: str, shapes: Sequence[tuple[int, int]], budget: int) -> int:
-    """The largest K at which `method` trains at most `budget` numbers; at least 1, at most the smallest side."""
-    possible = range(1, min(map(min, shapes)) + 1)
-    return max(1, bisect_right(possible, budget, key=lambda k: trained_numbers(method, k, shapes)))
-
-
-def rank_for(model: nn.Module, spec: Spec, budget: int) -> int:
-    """`matched_k` for the matrices that `spec` adapts in the bare `model`."""
-    modules = targets(model, spec)
-    shapes = shapes_of(modules)
-    if (spec.method, spec.basis) == ("scores", "universal"):
-        d_model = width(model)
-        turned = [takes_part_transposed(n, matrix(m).shape, d_model) for n, m in modules.items()]
-        shapes = [(s[1], s[0]) if turn else s for s, turn in zip(shapes, turned, strict=True)]
-    return matched_k(spec.method, shapes, budget)

@@ -39,12 +39,6 @@ def opened(folder: Path, records: Path | None) -> tuple[Any, Any]:
     return read_laboratory(folder), Records(records or folder / "records")
 
 
-def checked_protocol(protocol: str) -> str:
-    if protocol not in ("honest", "paper"):
-        raise CTError(f"--protocol {protocol!r} is unknown; choose honest or paper.")
-    return protocol
-
-
 @lab.command("list", epilog="Example: ctsft lab list --profile quick")
 def list_experiments(
     experiments: Folder = HERE,
@@ -58,7 +52,7 @@ def list_experiments(
     laboratory, known = opened(experiments, records)
     table = Table("experiment", "source", "title", "arms", "complete", "runs kept")
     for name, experiment in laboratory.experiments.items():
-        every = list(arms(laboratory, name, profile, checked_protocol(protocol)))
+        every = list(arms(laboratory, name, profile, protocol))
         complete = sum(not due(arm, known) for arm in every)
         runs = sum(len(finals(arm, known)[1]) for arm in every)
         table.add_row(name, experiment.source, experiment.title, str(len(every)), str(complete), str(runs))
@@ -91,7 +85,7 @@ def run_experiments(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     laboratory, known = opened(experiments, records)
     chosen = list(names or laboratory.experiments)
-    every = [arm for name in chosen for arm in arms(laboratory, name, profile, checked_protocol(protocol))]
+    every = [arm for name in chosen for arm in arms(laboratory, name, profile, protocol)]
     with err.status("starting"):
         from ctsft.lab import absent, run
         from ctsft.sweep import make_engine, sweep
@@ -179,5 +173,5 @@ def report(
 
     laboratory, known = opened(experiments, records)
     judged = judge(read_claims(experiments / "claims.toml"), laboratory, known, profile)
-    write_lab_report(laboratory, known, judged, out, profile, checked_protocol(protocol))
+    write_lab_report(laboratory, known, judged, out, profile, protocol)
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")
