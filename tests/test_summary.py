@@ -216,6 +216,40 @@ def test_relative_needs_one_reference_and_a_drop():
     assert relative(found[0], found, "fraction_of_lora_r8") == [None]
 
 
+CROSSING = {  # by K: the loss after every update
+    2: [9.0, 8.9, 8.0, 7.9, 7.0, 6.9, 6.0, 5.9, 5.0],  # at budgets of 4, 8, 12 and 16 K-steps 8, 7, 6 and 5
+    4: [9.0, 8.5, 6.5, 5.5, 4.5],  # 8.5, 6.5, 5.5 and 4.5: below K=2 from 8 on
+    16: [9.0, 4.9],  # shares the budget 16 alone: below K=2 there, above K=4
+}
+
+
+def crossing(*given, **changed):
+    lab = laboratory(*(given or [{"k": 2, "steps": 8}, {"k": 4, "steps": 4}, {"k": 16, "steps": 1}]), seeds=3)
+    losses = CROSSING | {int(name[1:]): found for name, found in changed.items()}
+    found = rows(lab, "x", run(lab, lambda spec: record(spec, losses[spec.k])))
+    by_k = {row.spec.k: row for row in found}
+    return lambda k, rival: measured(by_k[k], found, f"ahead_of_k{rival}")
+
+
+def test_the_budget_from_which_an_arm_stays_ahead():
+    ahead = crossing()
+    assert ahead(4, 2) == [8.0] * 3 and ahead(16, 2) == [16.0] * 3 and ahead(4, 16) == [16.0] * 3
+    for k, rival in [(2, 4), (16, 4), (4, 4), (2, 64)]:
+        assert ahead(k, rival) == [None] * 3
+    assert known("ahead_of_k2") == "" and "ahead_of_kN" in known("ahead_of_k")
+
+
+def test_a_lead_that_is_lost_again_does_not_count():
+    assert crossing(k4=[9.0, 7.5, 7.5, 5.5, 4.5])(4, 2) == [12.0] * 3  # ahead at 4, behind at 8, ahead from 12
+    assert crossing(k4=[9.0, 7.5, 6.5, 5.5, 5.0])(4, 2) == [None] * 3  # level at the end
+    assert crossing(k4=[9.0, 7.5, 6.5, 5.5, None])(4, 2) == [None] * 3  # diverged
+
+
+def test_an_arm_of_another_setting_is_no_rival():
+    assert crossing({"k": 2, "steps": 8, "tied": False}, {"k": 4, "steps": 4})(4, 2) == [None] * 3
+    assert crossing({"k": 2, "steps": 8, "name": "other"}, {"k": 4, "steps": 4})(4, 2) == [None] * 3
+
+
 # ------------------------------------------------------------------------------------------------------------ tables
 
 

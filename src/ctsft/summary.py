@@ -1,6 +1,7 @@
 """Numbers out of records: a metric by its name, the rows of an experiment, and a paper's table beside our figures."""
 
 import itertools
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from ctsft.schedule import counted_parameters, k_at
 
 Record = Mapping[str, Any]
 UPDATES = re.compile(r"\d+(/k)?")
+AHEAD = re.compile(r"ahead_of_k(\d+)")
 
 SERIES = (  # what probes write, one number (or object) an update
     *("gradient_norm", "cosine", "amplitude_rms", "amplitude_max"),
@@ -82,9 +84,9 @@ def known(metric: str) -> str:
     root = name.partition(".")[0]
     whole = metric in METRICS or metric in Spec.model_fields or metric in RELATIVE or root in MEASURES
     timed = root in SERIES or name in ("train_loss", "heldout_loss")
-    if whole or (timed and (UPDATES.fullmatch(at) if sign else root in SERIES)):
+    if whole or AHEAD.fullmatch(metric) or (timed and (UPDATES.fullmatch(at) if sign else root in SERIES)):
         return ""
-    return f"take a field of Spec or one of {', '.join((*METRICS, *RELATIVE, *SERIES, *MEASURES))}"
+    return f"take a field of Spec or one of {', '.join((*METRICS, *RELATIVE, 'ahead_of_kN', *SERIES, *MEASURES))}"
 
 
 def _number(metric: str, found: Any) -> float | None:
@@ -280,6 +282,8 @@ def _fits(row: Row, name: str, wanted: Any) -> bool:
 
 def measured(row: Row, rows: Sequence[Row], metric: str) -> list[float | None]:
     """Any metric of `row`, one number a seed; relative ones are taken against their reference among `rows`."""
+    if rival := AHEAD.fullmatch(metric):
+        return ahead(row, rows, int(rival[1]))
     return relative(row, rows, metric) if metric in RELATIVE else row.values(metric)
 
 
@@ -309,6 +313,33 @@ def relative(row: Row, rows: Sequence[Row], metric: str) -> list[float | None]:
         return None if part is None or whole is None or whole <= 0 else part / whole
 
     return [fraction(seed, reached) for seed, reached in zip(row.seeds, row.values(last), strict=True)]
+
+
+def ahead(row: Row, rows: Sequence[Row], rival: int) -> list[float | None]:
+    """`ahead_of_kN`, paper 82's crossover: the budget in K-steps from which on `row` ends below the arm with K = N.
+
+    Its loss on the step's batch, at every budget that pays whole updates of both; it must stay below up to the largest
+    that both have reached, and the budgets before that do not count. None where it is not below at
+    the end, where the arm of K = N has no run, and for N itself. That arm has the same name and setting.
+    """
+    same = [field for field in SETTING if field != "steps"]
+    others = [r for r in rows if r.name == row.name and r.spec.k == rival and not r.spec.schedule]
+    others = [r for r in others if all(getattr(r.spec, f) == getattr(row.spec, f) for f in same)]
+    if rival == row.spec.k or len(others) != 1:
+        return [None] * len(row.seeds)
+    runs = [{r["spec"]["seed"]: r["train_loss"] for r in one.records} for one in (row, others[0])]
+    return [_from(runs[0].get(seed, []), runs[1].get(seed, []), row.spec.k, rival) for seed in row.seeds]
+
+
+def _from(losses: Sequence[float | None], rival: Sequence[float | None], k: int, its_k: int) -> float | None:
+    unit, start = math.lcm(k, its_k), None
+    for budget in range(unit, min((len(losses) - 1) * k, (len(rival) - 1) * its_k) + 1, unit):
+        own, other = losses[budget // k], rival[budget // its_k]
+        if own is None or other is None or own >= other:
+            start = None
+        elif start is None:
+            start = float(budget)
+    return start
 
 
 # ------------------------------------------------------------------------------------------------------- tables
