@@ -270,6 +270,21 @@ def test_a_table_beside_the_papers_figures():
     ]
 
 
+def test_a_line_of_the_paper_alone_stands_in_its_place():
+    lab = laboratory({"k": [2, 8]}, seeds=1)
+    found = rows(lab, "x", run(lab))
+    paper = [{"K": 4, "Loss": 7.5}, {"K": 16, "Loss": 7.0}]
+
+    def first_cells(**columns):
+        return [
+            line[:2] for line in table(lab.experiments["x"], Table(title="", columns=columns, paper=paper), found)[1]
+        ]
+
+    assert [line[0] for line in first_cells(K="k", Loss="train_loss")] == ["2", "4", "8", "16"]
+    dash = cell(None)
+    assert first_cells(Arm="name", K="k", Loss="train_loss") == [["arm", "2"], ["arm", "8"], [dash, "4"], [dash, "16"]]
+
+
 def test_a_table_keeps_to_where_and_knows_its_metrics():
     lab = laboratory({"k": [2, 4]}, seeds=1)
     found = rows(lab, "x", run(lab))

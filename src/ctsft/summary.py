@@ -349,7 +349,8 @@ def table(experiment: Experiment, table: Table, rows: Sequence[Row]) -> tuple[li
     """Column heads and cells: the paper's columns from our rows, and its own figures in columns "HEAD (paper)".
 
     A row of the paper stands beside the row of ours that agrees in every column that is a field of Spec (or the arm's
-    name); one without a partner has a line of its own. A cell is mean ± sample sd (number of seeds).
+    name); one without a partner has a line of its own, in its place if numbers tell which. A cell is mean ± sample sd
+    (number of seeds).
     """
     for head, metric in table.columns.items():
         if metric != "name" and known(metric):
@@ -358,16 +359,19 @@ def table(experiment: Experiment, table: Table, rows: Sequence[Row]) -> tuple[li
     printed = [head for head in table.columns if head not in keys and any(head in figures for figures in table.paper)]
     heads = [name for head in table.columns for name in ([head, f"{head} (paper)"] if head in printed else [head])]
     left = list(table.paper)
-    body = []
+    body: list[tuple[list[Any], list[str]]] = []  # the fields that a line is placed by, and the line
     for row in in_order(chosen(rows, table.where), [table.columns[head] for head in keys]):
         own = {head: _field(row, table.columns[head]) for head in keys}
         figures = next((f for f in left if all(own[h] == f[h] for h in keys if h in f)), {})
         left = [f for f in left if f is not figures]
         cells = {head: cell(own[head]) if head in keys else spread(measured(row, rows, m)) for head, m in _items(table)}
-        body.append(_line(table, printed, cells, figures))
+        body.append(([own[head] for head in keys], _line(table, printed, cells, figures)))
     for figures in left:
-        body.append(_line(table, printed, {head: cell(figures.get(head)) for head in keys}, figures))
-    return heads, body
+        own = {head: figures.get(head) for head in keys}
+        body.append((list(own.values()), _line(table, printed, {head: cell(own[head]) for head in keys}, figures)))
+    if all(isinstance(found, int | float) for place, _ in body for found in place):
+        body.sort(key=lambda one: one[0])  # else the paper's lines come last
+    return heads, [line for _, line in body]
 
 
 def in_order(rows: Sequence[Row], fields: Sequence[str]) -> list[Row]:
