@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -273,6 +274,15 @@ def interleaved(
     finally:
         gc.enable()
     return {name: np.array(t) for name, t in times.items()}
+
+
+@contextmanager
+def clocks(spent: dict[str, list[float]], name: str) -> Iterator[None]:
+    """Add seconds on the clock and of the processor (all threads) to `spent[name]`."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield
+    before = spent.get(name, [0.0, 0.0])
+    spent[name] = [before[0] + time.perf_counter() - wall, before[1] + time.process_time() - cpu]
 
 
 def spread(values: np.ndarray, digits: int = 2) -> str:

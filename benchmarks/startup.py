@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-import common
+import common as c
 import torch
 from peft import LoraConfig, PsoftConfig, TinyLoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ CLOSE = 1e-3  # singular values nearer than this share of the largest are one cl
 def random_model(shape: str, k: int = 256) -> nn.Module:
     """A Llama of `shape` in bfloat16; every matrix is noise with `k` directions of decaying strength above it."""
     with torch.device("meta"):
-        model = LlamaForCausalLM(common.shaped(argparse.Namespace(model=shape, width=None, layers=None, vocab=None)))
+        model = LlamaForCausalLM(c.shaped(argparse.Namespace(model=shape, width=None, layers=None, vocab=None)))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
@@ -62,15 +62,6 @@ def first_layers(model: Any, count: int) -> nn.Module:
 
 
 @contextmanager
-def clocks(spent: dict[str, list[float]], name: str) -> Iterator[None]:
-    """Add seconds on the clock and of the processor (all threads) to `spent[name]`."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield
-    before = spent.get(name, [0.0, 0.0])
-    spent[name] = [before[0] + time.perf_counter() - wall, before[1] + time.process_time() - cpu]
-
-
-@contextmanager
 def watched(name: str, watch: Callable[..., Any]) -> Iterator[None]:
     """`ctsft.tuner.<name>` goes through `watch(original, *args)` meanwhile."""
     original = getattr(tuner, name)
@@ -83,14 +74,6 @@ def watched(name: str, watch: Callable[..., Any]) -> Iterator[None]:
 
 def refuse(*_: object) -> None:
     raise AssertionError("a second start made a basis")
-
-
-def row(*cells: object) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def heading(*cells: str) -> list[str]:
-    return [row(*cells), row(*["---"] * len(cells))]
 
 
 def seconds(pair: list[float]) -> tuple[str, str]:
@@ -109,13 +92,13 @@ def starts(model: Any, k: int) -> list[str]:
         return made
 
     config = ctsft.CTConfig(k=k, task_type="CAUSAL_LM")
-    with watched("weight_basis", timed_basis), clocks(spent, "first start"):
+    with watched("weight_basis", timed_basis), c.clocks(spent, "first start"):
         wrapped = get_peft_model(model, copy.deepcopy(config))
     model = wrapped.unload()
 
     def timed(name: str) -> Callable[..., Any]:
         def call(original: Callable[..., Any], *args: Any, **more: Any) -> Any:
-            with clocks(spent, name):
+            with c.clocks(spent, name):
                 return original(*args, **more)
 
         return call
@@ -125,38 +108,39 @@ def starts(model: Any, k: int) -> list[str]:
         watched("find_targets", timed("finding and checking the weights")),
         watched("base_fingerprint", timed("fingerprint of the weights")),
         watched("make_bases", timed("reading the bases")),
-        clocks(spent, "second start"),
+        c.clocks(spent, "second start"),
     ):
         wrapped = get_peft_model(model, copy.deepcopy(config))
     matrices = sum(map(len, by_shape.values()))
-    lines = [f"{matrices} matrices, K = {k}, {torch.get_num_threads()} threads.", ""]
-    lines += heading("", "seconds", "processor seconds")
-    lines += [row(name, *seconds(spent[name])) for name in ("first start", "second start")]
+    note = f"{matrices} matrices, K = {k}, {torch.get_num_threads()} threads."
+    rows = [[name, *seconds(spent[name])] for name in ("first start", "second start")]
     parts = ("finding and checking the weights", "fingerprint of the weights", "reading the bases")
-    lines += [row(f"of the second: {name}", *seconds(spent[name])) for name in parts]
-    lines += ["", *heading("matrix", "how many", "processor seconds each", "slowest")]
-    for shape, times in by_shape.items():
-        lines.append(
-            row(" x ".join(map(str, shape)), len(times), f"{sum(times) / len(times):.3f}", f"{max(times):.3f}")
-        )
+    rows += [[f"of the second: {name}", *seconds(spent[name])] for name in parts]
+    tables = [note, c.table(("", "seconds", "processor seconds"), rows)]
+    rows = [
+        [" x ".join(map(str, shape)), len(times), f"{sum(times) / len(times):.3f}", f"{max(times):.3f}"]
+        for shape, times in by_shape.items()
+    ]
+    tables.append(c.table(("matrix", "how many", "processor seconds each", "slowest"), rows))
 
     wrapped.add_adapter("same", copy.deepcopy(config))
     half = max(1, k // 2)
     wrapped.add_adapter("fewer", ctsft.CTConfig(k=half, task_type="CAUSAL_LM"))
-    lines += ["", *heading("adapters of one model", "bytes of bases, each alone", "together")]
+    rows = []
     for names in (["default"], ["default", "same"], ["default", "same", "fewer"]):
         tensors = [[t for _, m in adapted(wrapped, n) for t in m.ready(n).tensors().values()] for n in names]
         alone = sum(t.numel() * t.element_size() for own in tensors for t in own)
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for own in tensors for t in own}
         label = " and ".join(f"K = {half if n == 'fewer' else k}" for n in names)
-        lines.append(row(label, f"{alone:,}", f"{sum(storages.values()):,}"))
+        rows.append([label, f"{alone:,}", f"{sum(storages.values()):,}"])
     wrapped.unload()
-    return lines
+    return [*tables, c.table(("adapters of one model", "bytes of bases, each alone", "together"), rows)]
 
 
-def quality(model: nn.Module, k: int) -> list[str]:
+def quality(model: nn.Module, k: int) -> str:
     """One matrix of each shape against torch.linalg.svd in float64."""
-    lines = heading(
+    rows: list[list[object]] = []
+    head = (
         "matrix", "energy short of the exact top K, %", "largest sine of an angle to the exact span of a cluster",
         "largest cluster", "smallest gap, share of s_1", "svd in float64, processor seconds", "ours",
     )  # fmt: skip
@@ -167,9 +151,9 @@ def quality(model: nn.Module, k: int) -> list[str]:
         seen.add(w.shape)
         spent: dict[str, list[float]] = {}
         a = w.detach().double()
-        with one_thread(), clocks(spent, "exact"):
+        with one_thread(), c.clocks(spent, "exact"):
             u, s, vh = torch.linalg.svd(a, full_matrices=False)
-        with clocks(spent, "ours"):
+        with c.clocks(spent, "ours"):
             basis = weight_basis(w, k)
         mine_u, mine_vh = basis.u.double(), basis.vh.double()  # type: ignore[union-attr]
         short = 1 - float((mine_u.T @ a @ mine_vh.T).square().sum() / s[:k].square().sum())
@@ -183,14 +167,13 @@ def quality(model: nn.Module, k: int) -> list[str]:
         ]
         largest = max((r.stop - r.start for r in runs), default=0)
         shape = " x ".join(map(str, w.shape))
-        lines.append(
-            row(f"{shape} ({name})", f"{100 * max(0.0, short):.1e}", f"{max(sines, default=0):.1e}", largest,
-                f"{float(gaps[:k].min()):.1e}", f"{spent['exact'][1]:.1f}", f"{spent['ours'][1]:.2f}")
-        )  # fmt: skip
-    return lines
+        accuracy = f"{100 * max(0.0, short):.1e}", f"{max(sines, default=0):.1e}", largest
+        times = f"{spent['exact'][1]:.1f}", f"{spent['ours'][1]:.2f}"
+        rows.append([f"{shape} ({name})", *accuracy, f"{float(gaps[:k].min()):.1e}", *times])
+    return c.table(head, rows)
 
 
-def against_peft(model: Any, k: int, layers: int) -> list[str]:
+def against_peft(model: Any, k: int, layers: int) -> str:
     """Starts of peft's methods that decompose W in full, on the first `layers` blocks, beside ours with no cache.
 
     All on one thread: on a busy machine threads that wait for each other would count as work.
@@ -204,7 +187,8 @@ def against_peft(model: Any, k: int, layers: int) -> list[str]:
         "TinyLoRA": lambda: TinyLoraConfig(r=k, **common),
     }
     total = model.config.num_hidden_layers
-    lines = heading(
+    rows = []
+    head = (
         f"{layers} of {total} blocks, float32, one thread", "seconds", "processor seconds", "ratio of the latter",
         f"times {total / layers:.0f}: all blocks, estimated",
     )  # fmt: skip
@@ -212,12 +196,12 @@ def against_peft(model: Any, k: int, layers: int) -> list[str]:
     for name, make in methods.items():
         small = first_layers(model, layers).float()
         spent: dict[str, list[float]] = {}
-        with one_thread(), clocks(spent, "start"):
+        with one_thread(), c.clocks(spent, "start"):
             get_peft_model(small, make())
         ours = ours or spent["start"][1]
         estimate = f"{spent['start'][1] * total / layers:.0f}"
-        lines.append(row(name, *seconds(spent["start"]), f"{spent['start'][1] / ours:.1f}", estimate))
-    return lines
+        rows.append([name, *seconds(spent["start"]), f"{spent['start'][1] / ours:.1f}", estimate])
+    return c.table(head, rows)
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -225,7 +209,7 @@ def main(argv: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--model", help="a Hugging Face folder of the Llama kind")
-    which.add_argument("--shape", choices=common.SHAPES, default="tinyllama-1.1b", help="random weights of this shape")
+    which.add_argument("--shape", choices=c.SHAPES, default="tinyllama-1.1b", help="random weights of this shape")
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--k", type=int, default=64)
@@ -233,6 +217,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--no-exact", action="store_true", help="leave out the comparison with exact decompositions")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
+    tuner.WORTH_KEEPING = 0.0  # keep bases that a small model makes at once, too
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
         what = os.path.basename(os.path.normpath(options.model))
@@ -244,19 +229,17 @@ def main(argv: list[str] | None = None) -> str:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["CTSFT_CACHE"] = folder
         try:
-            lines = [f"### Start-up: {what}", "", common.machine(options), "", *starts(model, options.k)]
+            parts = [f"### Start-up: {what}", c.machine(options), *starts(model, options.k)]
             os.environ["CTSFT_CACHE"] = os.path.join(folder, "empty")
             if not options.no_exact:
-                lines += ["", *quality(model, options.k)]
+                parts.append(quality(model, options.k))
             if options.peft_layers:
-                lines += ["", *against_peft(model, options.k, options.peft_layers)]
+                parts.append(against_peft(model, options.k, options.peft_layers))
         finally:
             os.environ.pop("CTSFT_CACHE")
             if before is not None:
                 os.environ["CTSFT_CACHE"] = before
-    text = "\n".join(lines)
-    print(text)
-    return text
+    return c.show(*parts)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-import common
+import common as c
 import torch
 import xxhash
 from torch import Tensor
@@ -46,22 +45,19 @@ def main(argv: list[str] | None = None) -> str:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if options.child:
-        return say(json.dumps(one_pass(options.model)))
+        print(json.dumps(one_pass(options.model)))
+        return ""
     parts = [streaming(options), gram_pair(options), accuracy(options) if options.accuracy else "", passes(options)]
     head = f"### Universal basis and passes over all weights: {options.model.rstrip('/').rpartition('/')[2]}"
-    return say("\n\n".join(part for part in (head, common.machine(options), *parts) if part))
-
-
-def say(text: str) -> str:
-    print(text)
-    return text
+    return c.show(head, c.machine(options), *parts)
 
 
 def clocked(work: Callable[[], Any]) -> tuple[float, float]:
     """Seconds of the clock, and of the processor in all threads."""
-    start = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - start[0], time.process_time() - start[1]
+    spent: dict[str, list[float]] = {}
+    with c.clocks(spent, ""):
+        work()
+    return spent[""][0], spent[""][1]
 
 
 def in_turn(old: Callable[[], Any], new: Callable[[], Any], repeats: int) -> list[list[tuple[float, float]]]:
@@ -75,7 +71,7 @@ def spread(values: list[float], form: str = ".2f") -> str:
 
 
 def table(*rows: tuple[str, ...]) -> str:
-    return common.table(rows[0], rows[1:])
+    return c.table(rows[0], rows[1:])
 
 
 def pair_row(name: str, old: list[tuple[float, float]], new: list[tuple[float, float]]) -> tuple[str, ...]:
