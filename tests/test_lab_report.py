@@ -542,6 +542,21 @@ def test_single_points_of_one_colour_differ_by_their_marker():
     assert len({m for _, m, _ in looks}) == len({g for _, _, g in looks}) == 3
 
 
+def test_a_line_looks_the_same_in_all_figures_of_its_kind():
+    laboratory = a_laboratory()
+    figure, found = figure_of("82", laboratory, x="k", by="k,tied", where={})
+    ks = sorted({row.spec.k for row in found})
+    some = Figure(**figure.model_dump() | {"where": {"k": ks[1:]}})
+    other = Figure(**figure.model_dump() | {"by": "tied"})
+
+    def looks(drawn, beside=()):
+        return {text: look for text, *look in picture("x", drawn, found, beside).legend}
+
+    whole, part = looks(figure), looks(some, [figure, other])
+    assert set(part) < set(whole) and all(whole[text] == look for text, look in part.items())
+    assert looks(some) != part  # alone it takes the colours from the start
+
+
 def test_axes_are_told_in_words():
     assert axis("train_loss@1280/k") == "loss on the step's batch, nats per token, after 1280 K-steps"
     assert axis("heldout_loss@40") == "held-out loss, nats per token, after 40 updates"

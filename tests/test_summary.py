@@ -285,6 +285,21 @@ def test_a_line_of_the_paper_alone_stands_in_its_place():
     assert first_cells(Arm="name", K="k", Loss="train_loss") == [["arm", "2"], ["arm", "8"], [dash, "4"], [dash, "16"]]
 
 
+def test_a_field_that_a_method_does_not_read_is_not_shown():
+    arms = [{"k": 4}, {"k": 4, "basis": "random"}, {"method": "lora-xs", "k": 4}, {"method": "lora", "k": 8}]
+    lab = laboratory(*arms, {"method": "scores", "k": 4, "basis": "universal"}, seeds=1)
+    columns = {"Method": "method", "Basis": "basis", "Of W": "weight_from", "Form": "universal_mode"}
+    _, body = table(lab.experiments["x"], Table(title="", columns=columns), rows(lab, "x", run(lab)))
+    dash = cell(None)
+    assert body == [
+        ["diagonal", "weight", "top", dash],
+        ["diagonal", "random", dash, dash],
+        ["lora-xs", "weight", dash, dash],
+        ["lora", dash, dash, dash],
+        ["scores", "universal", dash, "residual"],
+    ]
+
+
 def test_a_table_keeps_to_where_and_knows_its_metrics():
     lab = laboratory({"k": [2, 4]}, seeds=1)
     found = rows(lab, "x", run(lab))

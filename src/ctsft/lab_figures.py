@@ -14,7 +14,7 @@ from ctsft.errors import CTError
 from ctsft.experiment import Figure, Spec
 from ctsft.report import LIGHT, SERIES, plot, words
 from ctsft.stats import SEEDS, t_test
-from ctsft.summary import MEASURES, Row, chosen, known, measured
+from ctsft.summary import MEASURES, UNREAD, Row, chosen, field_of, known, measured
 from ctsft.summary import SERIES as PROBED
 
 if TYPE_CHECKING:
@@ -165,8 +165,11 @@ def laws_of(figure: Figure) -> list[str]:
     return [part.strip() for part in figure.law.split(",") if part.strip()]
 
 
-def picture(name: str, figure: Figure, found: Sequence[Row]) -> Picture:
-    """One figure of an experiment, drawn from the rows that its `where` leaves."""
+def picture(name: str, figure: Figure, found: Sequence[Row], beside: Sequence[Figure] = ()) -> Picture:
+    """One figure of an experiment, drawn from the rows that its `where` leaves.
+
+    Lines that figures `beside` it draw `by` the same fields look alike in all of them.
+    """
     here = [row for row in chosen(found, figure.where) if row.records]
     if figure.x == "step" and figure.y.endswith("_by_matrix"):
         return heat(name, figure, here)
@@ -179,19 +182,27 @@ def picture(name: str, figure: Figure, found: Sequence[Row]) -> Picture:
     lines = [line for line in lines if line.points]
     if not lines:
         return Picture(figure.title, [], [], "No run of this figure is there yet, or none has this number.")
-    keys = list(dict.fromkeys(line.key for line in lines))
-    order = {part: i for i, part in enumerate(dict.fromkeys(p for key in keys for p in key if isinstance(p, str)))}
-    keys.sort(key=lambda key: [order.get(part, part) for part in key])  # words as they come, numbers by size
-    looks = dict(zip(keys, styles(keys), strict=True))
+    keys = in_order(line.key for line in lines)
+    alike = [row for f in (*beside, figure) if fields_of(f) == fields for row in chosen(found, f.where) if row.records]
+    every = in_order(key_of(row, fields) for row in alike)
+    every = every if set(keys) <= set(every) else keys
+    looks = {key: look for key, look in zip(every, styles(every), strict=True) if key in keys}
     shapes = {Path(row.spec.model).name: row.records[0]["adapted"]["shapes"] for row in here}
     draw = drawing(figure, lines, looks, ticks, {k: [tuple(s) for s in v] for k, v in shapes.items() if v})
-    legend = [(describe(fields, key), *looks[key]) for key in keys if key]
+    legend = [(describe(fields, key), *look) for key, look in looks.items() if key]
     if figure.paper:
         legend.append(("the paper's figures", "ink", "ring"))
     legend += [(LAWS[law][0], "ink", "dashed") for law in laws_of(figure) if law in LAWS and LAWS[law][0]]
     missing = sum(y is None for row in here for y in measured(row, found, figure.y)) if not lines[0].curve else 0
     inches = (INCHES[0], 0.6 + 0.22 * len(ticks)) if ticks else INCHES
     return Picture(figure.title, [("", tinted(draw, inches, name, figure.title))], legend, note(here, lines, missing))
+
+
+def in_order(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Each key once, words as they come, numbers by size."""
+    once = list(dict.fromkeys(keys))
+    order = {part: i for i, part in enumerate(dict.fromkeys(p for key in once for p in key if isinstance(p, str)))}
+    return sorted(once, key=lambda key: [order.get(part, part) for part in key])
 
 
 def note(here: Sequence[Row], lines: Sequence[Line], missing: int) -> str:
@@ -213,12 +224,12 @@ def centre(values: Sequence[float]) -> tuple[float, float]:
 
 
 def key_of(row: Row, fields: Iterable[str]) -> tuple[Any, ...]:
-    return tuple(row.name if field == "name" else getattr(row.spec, field) for field in fields)
+    return tuple(field_of(row, field) for field in fields)
 
 
 def describe(fields: Sequence[str], key: tuple[Any, ...]) -> str:
     """A line in words; what follows the fields is the order of an ablation."""
-    parts = [told(field, value) for field, value in zip(fields, key, strict=False)]
+    parts = [told(field, value) for field, value in zip(fields, key, strict=False) if field not in UNREAD or value]
     return ", ".join([*parts, *map(str, key[len(fields) :])])
 
 

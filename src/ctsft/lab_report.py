@@ -81,7 +81,7 @@ def section(
             (t.title, *table(experiment, t, found)) for t in experiment.tables if ran and chosen(found, t.where)
         ],
         "pictures": [
-            picture(f"e{name}-{i}", figure, found)
+            picture(f"e{name}-{i}", figure, found, experiment.figures)
             for i, figure in enumerate(experiment.figures)
             if ran and chosen(found, figure.where)
         ],
@@ -208,8 +208,8 @@ input { flex: 1 1 12rem; max-width: 20rem; }
 .legend i.ring { width: .7em; height: .7em; border: 1px solid var(--ink); border-radius: 50%; vertical-align: -.04em; }
 .legend i.block { width: .9em; height: .9em; border: 0; vertical-align: -.1em; background: var(--hue); }
 .legend { gap: .15rem 1.1rem; }
-.scroll { max-width: 100%; } .figures th:not(:first-child), .figures td:not(:first-child) { padding: .3rem .8rem; }
-.figures th:not(:first-child) { min-width: 5.5rem; } .figures .paper:not(:first-child) { color: var(--muted); font-style: italic; padding-left: .2rem; }
+.scroll { max-width: 100%; } .figures th:not(:first-child), .figures td:not(:first-child) { padding: .3rem .5rem; }
+.figures th:not(:first-child) { min-width: 4.2rem; } .figures .paper:not(:first-child) { color: var(--muted); font-style: italic; padding-left: .2rem; }
 .recipe td { vertical-align: top; } .recipe td:nth-child(3) { white-space: normal; min-width: 20rem; } .recipe td:nth-child(-n+3), .recipe th:nth-child(-n+3) { text-align: left; }
 .recipe td:first-child { white-space: normal; min-width: 11rem; }
 .recipe td:nth-child(3) span:not(.none) { white-space: nowrap; } .best { font-weight: 600; } .how dl { margin-bottom: .4rem; }
@@ -274,7 +274,7 @@ of the mean over seeds; rings are the paper's own figures. A claim's strip: the 
 </section>
 {% for s in sections %}
 <section id="{{ anchor(s.experiment.name) }}">
-<h2><small class="eyebrow">{{ s.experiment.source|source }}</small>{{ s.experiment.title }}</h2>
+<h2><small class="eyebrow">{{ "our own experiment" if s.experiment.source == "ours" else s.experiment.source|source }}</small>{{ s.experiment.title }}</h2>
 <p>{{ s.experiment.question }}</p>
 {% for text in s.experiment.notes %}<p class="note">{{ text }}</p>{% endfor %}
 {% if not s.done %}

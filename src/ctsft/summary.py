@@ -24,6 +24,12 @@ SERIES = (  # what probes write, one number (or object) an update
     *("abs_mean_over_std_by_number_top", "abs_mean_over_std_by_number_rest"),
     *("snr_top", "snr_rest", "abs_mean_over_std_top", "abs_mean_over_std_rest", "gradient_snr", "diversity"),
 )
+OURS = ("diagonal", "core", "scores")
+UNREAD: dict[str, Callable[[Spec], bool]] = {  # fields that some methods do not read, and which
+    "basis": lambda spec: spec.method not in (*OURS, "lora-xs"),
+    "weight_from": lambda spec: spec.method not in OURS or spec.basis != "weight",
+    "universal_mode": lambda spec: spec.method not in OURS or spec.basis != "universal",
+}
 MEASURES = ("ablation", "variance_explained")  # what a run measures once
 REDUCE: dict[str, Callable[[list[float]], float]] = {
     "first": lambda values: values[0],
@@ -361,7 +367,7 @@ def table(experiment: Experiment, table: Table, rows: Sequence[Row]) -> tuple[li
     left = list(table.paper)
     body: list[tuple[list[Any], list[str]]] = []  # the fields that a line is placed by, and the line
     for row in in_order(chosen(rows, table.where), [table.columns[head] for head in keys]):
-        own = {head: _field(row, table.columns[head]) for head in keys}
+        own = {head: field_of(row, table.columns[head]) for head in keys}
         figures = next((f for f in left if all(own[h] == f[h] for h in keys if h in f)), {})
         left = [f for f in left if f is not figures]
         cells = {head: cell(own[head]) if head in keys else spread(measured(row, rows, m)) for head, m in _items(table)}
@@ -376,10 +382,10 @@ def table(experiment: Experiment, table: Table, rows: Sequence[Row]) -> tuple[li
 
 def in_order(rows: Sequence[Row], fields: Sequence[str]) -> list[Row]:
     """The rows by `fields`: numbers ascending, words in the order in which they first come."""
-    words = {name: list(dict.fromkeys(_field(row, name) for row in rows)) for name in fields}
+    words = {name: list(dict.fromkeys(field_of(row, name) for row in rows)) for name in fields}
 
     def place(row: Row, name: str) -> float:
-        found = _field(row, name)
+        found = field_of(row, name)
         return float(found) if isinstance(found, int | float) else words[name].index(found)
 
     return sorted(rows, key=lambda row: [place(row, name) for name in fields if name != "lr"])
@@ -389,7 +395,10 @@ def _items(table: Table) -> list[tuple[str, str]]:
     return list(table.columns.items())
 
 
-def _field(row: Row, name: str) -> Any:
+def field_of(row: Row, name: str) -> Any:
+    """A field of the row's spec, its name, or the rate that was chosen; "" for one that its method does not read."""
+    if name in UNREAD and UNREAD[name](row.spec):
+        return ""
     return row.name if name == "name" else row.lr if name == "lr" else getattr(row.spec, name)
 
 
