@@ -4,7 +4,6 @@ together.
     python benchmarks/probes.py --model ~/models/smollm2-135m
 """
 
-import inspect
 from pathlib import Path
 from typing import get_args
 
@@ -15,6 +14,7 @@ import ctsft.photonic
 from ctsft.experiment import PROBES
 from ctsft.probe import SAMPLES, Probes
 
+PROBED = get_args(PROBES)
 ROWS = SAMPLES  # of a batch: as few as gradient_snr takes
 SEEN = 50  # updates that diversity has behind it: its cost grows with them
 PHOTONIC = Path(ctsft.photonic.__file__).parent / "photonic10m"
@@ -33,18 +33,18 @@ def main(argv: list[str] | None = None) -> str:
         optimizer.step()
 
     step()
-    sets = {"none: norms and cosines alone": (), **{n: (n,) for n in get_args(PROBES)}, "all four in one pass": None}
+    sets = {"none: norms and cosines alone": (), **{n: (n,) for n in PROBED}, "all four in one pass": PROBED}
     ways: dict[str, c.Step] = {"step": step}
     for name, names in sets.items():
-        probes = Probes(get_args(PROBES) if names is None else names, batches=[batch])
+        probes = Probes(names, batches=[batch])
         for update in range(2, SEEN):
             probes.before_step(model, update)
         ways[f"light {name}"] = lambda p=probes: (p.before_step(model, SEEN), p.after_step(model, SEEN))
-        if set(probes.names) - {"diversity"}:
+        if set(names) - {"diversity"}:
             ways[f"heavy {name}"] = lambda p=probes: p.measure(model, SEEN)
     times = c.interleaved(ways, args)
 
-    every = inspect.signature(Probes).parameters["every"].default
+    every = probes.every  # the default, in all of them
     rows = [["a training step", c.spread(1000 * times["step"], 1), "-", "-"]]
     for name in sets:
         light, heavy = times[f"light {name}"], times.get(f"heavy {name}")

@@ -30,14 +30,13 @@ from transformers.pytorch_utils import Conv1D
 from ctsft.calibration import calibrate, mean_gradients
 from ctsft.config import RECOMPUTABLE, CTConfig
 from ctsft.errors import CTError
-from ctsft.experiment import Spec
+from ctsft.experiment import FORMS, Spec
 from ctsft.schedule import counted_parameters
 from ctsft.spectrum import effective_rank, singular_values
 from ctsft.store import adapted
 from ctsft.tuner import find_targets
 from ctsft.weights import matrix
 
-FORMS = ("diagonal", "core", "scores")
 LORAS = ("lora", "lora-fa", "lora-xs")
 LINEAR_ONLY = ("ia3", "vera")  # methods that know no embedding
 FEEDFORWARD = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING | {"photonic_gpt": ["mlp.down"]}

@@ -11,7 +11,7 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -503,15 +503,16 @@ def _equals(claim: Claim, runs: Runs) -> _Judged:
     if not n:
         raise NotRun(f"{claim.metric} is not measured, all runs diverged")
     within = f" within {short(claim.effect)}" if claim.effect else ""
-    return _Judged(claim, "confirmed", f"{claim.metric} is {text}{within} in all {n} runs{_means(cells, ' ({})')}")
+    means = f" ({_means(cells)})" if len(cells) > 1 else ""
+    return _Judged(claim, "confirmed", f"{claim.metric} is {text}{within} in all {n} runs{means}")
 
 
 def _digits(number: float) -> str:
     return f"{number:,.0f}" if number == int(number) else f"{number:,.6g}"
 
 
-def _means(cells: Sequence[Cell], form: str = "{}") -> str:
-    """`train_loss 8.46 (k 32), 9.13 (k 8)` in `form`, by metric, each arm once; nothing for an arm alone."""
+def _means(cells: Sequence[Cell]) -> str:
+    """`train_loss 8.46 (k 32), 9.13 (k 8)`, by metric, each arm once; nothing for an arm alone."""
     by_metric: dict[str, dict[str, str]] = {}
     for cell in cells if len(cells) > 1 else ():
         if cell.metric not in Spec.model_fields:
@@ -519,8 +520,7 @@ def _means(cells: Sequence[Cell], form: str = "{}") -> str:
             by_metric.setdefault(cell.metric, {})[cell.label] = (
                 shown if cell.label == ONE else f"{shown} ({cell.label})"
             )
-    told = "; ".join(f"{metric} {', '.join(arms.values())}" for metric, arms in by_metric.items())
-    return form.format(told) if told else ""
+    return "; ".join(f"{metric} {', '.join(arms.values())}" for metric, arms in by_metric.items())
 
 
 def _remarks(cells: Sequence[Cell]) -> list[str]:
@@ -562,7 +562,7 @@ def _with_control(claim: Claim, verdict: Verdict, control: Verdict) -> Verdict:
         word, detail = "artefact", f"{claim.artefact.cause} As the paper has it: {detail}"
     elif word == "confirmed" and control.verdict != "confirmed":
         word, detail = "inconclusive", f"holds as the paper has it, its control is open; {detail}"
-    return Verdict(claim, word, detail, verdict.p, verdict.seeds, told, verdict.side)
+    return replace(verdict, verdict=word, detail=detail, control=told)
 
 
 def _changes(claim: Claim) -> str:

@@ -27,6 +27,7 @@ MAX_RATES = 9  # an optimum that is still at the edge of so many rates is report
 PAPER_LR = 5e-3
 
 Method = Literal["diagonal", "core", "scores", "full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms"]
+FORMS = ("diagonal", "core", "scores")  # the methods that are ours
 Model = TypeVar("Model", bound=BaseModel)
 PROBES = Literal["coverage", "gradient_rank", "gradient_snr", "diversity"]
 Protocol = Literal["honest", "paper"]

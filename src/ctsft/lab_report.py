@@ -102,8 +102,9 @@ def shown_p(p: float) -> str:
 
 def places(side: "Side", width: float = 300, margin: float = 14) -> dict[str, float] | None:
     """Where a strip `width` wide shows the bound, the mean and its interval; None if there is no number."""
-    found = {name: side.show(getattr(side.test, name)) for name in ("low", "mean", "high")}
-    found["bound"] = side.show(side.bound)
+    test = side.test
+    shown = {"low": test.low, "mean": test.mean, "high": test.high, "bound": side.bound}
+    found = {name: side.show(number) for name, number in shown.items()}
     first, last = min(found.values()), max(found.values())
     if math.isnan(found["mean"]) or math.isclose(first, last):
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ctsft.errors import CTError
-from ctsft.experiment import Experiment, Laboratory, Spec, Table, arms, finals
+from ctsft.experiment import FORMS, Experiment, Laboratory, Spec, Table, arms, finals
 from ctsft.schedule import counted_parameters, k_at
 
 Record = Mapping[str, Any]
@@ -24,11 +24,10 @@ SERIES = (  # what probes write, one number (or object) an update
     *("abs_mean_over_std_by_number_top", "abs_mean_over_std_by_number_rest"),
     *("snr_top", "snr_rest", "abs_mean_over_std_top", "abs_mean_over_std_rest", "gradient_snr", "diversity"),
 )
-OURS = ("diagonal", "core", "scores")
 UNREAD: dict[str, Callable[[Spec], bool]] = {  # fields that some methods do not read, and which
-    "basis": lambda spec: spec.method not in (*OURS, "lora-xs"),
-    "weight_from": lambda spec: spec.method not in OURS or spec.basis != "weight",
-    "universal_mode": lambda spec: spec.method not in OURS or spec.basis != "universal",
+    "basis": lambda spec: spec.method not in (*FORMS, "lora-xs"),
+    "weight_from": lambda spec: spec.method not in FORMS or spec.basis != "weight",
+    "universal_mode": lambda spec: spec.method not in FORMS or spec.basis != "universal",
 }
 MEASURES = ("ablation", "variance_explained")  # what a run measures once
 REDUCE: dict[str, Callable[[list[float]], float]] = {
