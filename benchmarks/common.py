@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import ctsft
-from ctsft.record import cpu_name
+from ctsft.files import cpu_name
 
 # width, layers, vocabulary, inner width of the MLP, heads, heads of keys and values, tied head
 SHAPES = {

@@ -25,7 +25,7 @@ import torch
 from peft import FourierFTConfig, IA3Config, PsoftConfig, TinyLoraConfig, VeraConfig
 from torch import Tensor, nn
 
-from ctsft.basis import weight_basis
+from ctsft.spectral.basis import weight_basis
 
 ALL: Any = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 NOTE = """Start-up is the making of the adapter on a loaded model, its decompositions included. Memory is what the \

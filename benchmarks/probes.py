@@ -5,19 +5,17 @@ together.
 """
 
 from pathlib import Path
-from typing import get_args
 
 import common as c
 import torch
 
-import ctsft.photonic
-from ctsft.experiment import PROBES
+import ctsft.models.photonic
+from ctsft.choices import PROBES
 from ctsft.probe import SAMPLES, Probes
 
-PROBED = get_args(PROBES)
 ROWS = SAMPLES  # of a batch: as few as gradient_snr takes
 SEEN = 50  # updates that diversity has behind it: its cost grows with them
-PHOTONIC = Path(ctsft.photonic.__file__).parent / "photonic10m"
+PHOTONIC = Path(ctsft.models.photonic.__file__).parent / "photonic10m"
 
 
 def main(argv: list[str] | None = None) -> str:
@@ -33,7 +31,7 @@ def main(argv: list[str] | None = None) -> str:
         optimizer.step()
 
     step()
-    sets = {"none: norms and cosines alone": (), **{n: (n,) for n in PROBED}, "all four in one pass": PROBED}
+    sets = {"none: norms and cosines alone": (), **{n: (n,) for n in PROBES}, "all four in one pass": PROBES}
     ways: dict[str, c.Step] = {"step": step}
     for name, names in sets.items():
         probes = Probes(names, batches=[batch])

@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ctsft import lab
-from ctsft.experiment import Arm, Records, Spec
-from ctsft.models import load_tokenizer
-from ctsft.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
-from ctsft.sweep import on_ray, sweep
+from ctsft.lab import run as lab
+from ctsft.lab.experiments import Arm, Records, Spec
+from ctsft.lab.sweep import on_ray, sweep
+from ctsft.models.load import load_tokenizer
+from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
 VICTIM = 3  # in the order of their starts
 CLOCKS = ("seconds", "probe_seconds")  # what two equal runs may differ in

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from ctsft.record import versions, write_text
+from ctsft.files import versions, write_text
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 BF16 = ["--dtype", "bfloat16"]

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import ctsft
-from ctsft import tuner
-from ctsft.basis import weight_basis
-from ctsft.spectrum import one_thread
-from ctsft.store import adapted
+from ctsft.adapter import model as tuner
+from ctsft.adapter.store import adapted
+from ctsft.spectral.basis import weight_basis
+from ctsft.spectral.decompose import one_thread
 
 CLOSE = 1e-3  # singular values nearer than this share of the largest are one cluster
 
@@ -63,7 +63,7 @@ def first_layers(model: Any, count: int) -> nn.Module:
 
 @contextmanager
 def watched(name: str, watch: Callable[..., Any]) -> Iterator[None]:
-    """`ctsft.tuner.<name>` goes through `watch(original, *args)` meanwhile."""
+    """`ctsft.adapter.model.<name>` goes through `watch(original, *args)` meanwhile."""
     original = getattr(tuner, name)
     setattr(tuner, name, lambda *args, **more: watch(original, *args, **more))
     try:

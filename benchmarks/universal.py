@@ -24,11 +24,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from ctsft import universal
-from ctsft.models import load_skeleton
-from ctsft.spectrum import one_thread, principal_directions
-from ctsft.universal import Checkpoint, universal_basis
-from ctsft.weights import check_finite, fingerprint, gram_of, universal_members, width
+from ctsft.models.load import load_skeleton
+from ctsft.spectral import universal
+from ctsft.spectral.decompose import one_thread, principal_directions
+from ctsft.spectral.universal import Checkpoint, universal_basis
+from ctsft.spectral.weights import check_finite, fingerprint, gram_of, universal_members, width
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -5,10 +5,10 @@ from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ctsft import CTConfig, calibrate
-from ctsft.config import RECOMPUTABLE
-from ctsft.layer import CTLayer
-from ctsft.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
-from ctsft.weights import matrix
+from ctsft.adapter.config import RECOMPUTABLE
+from ctsft.adapter.layer import CTLayer
+from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
+from ctsft.spectral.weights import matrix
 
 SHAPES = ("llama", "gpt2", "photonic")
 FORMS = ("diagonal", "core", "scores")

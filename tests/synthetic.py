@@ -1,6 +1,6 @@
 """Laboratories and records made up for tests: no run is made, every number is chosen."""
 
-from ctsft.experiment import Experiment, Laboratory, Profile, arms
+from ctsft.lab.experiments import Experiment, Laboratory, Profile, arms
 
 SHAPES = [[768, 256], [256, 256], [15007, 256]]
 SERIES = {  # what each probe writes

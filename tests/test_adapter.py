@@ -8,8 +8,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import nn
 
 from ctsft import CTConfig, CTError, save_adapter
-from ctsft.layer import CTEmbedding, CTLayer
-from ctsft.weights import matrix
+from ctsft.adapter.layer import CTEmbedding, CTLayer
+from ctsft.spectral.weights import matrix
 from helpers import (
     BASES,
     DTYPES,

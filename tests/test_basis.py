@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctsft.basis import (
+from ctsft.adapter.store import TOLERANCE
+from ctsft.spectral.basis import (
     BLOCK,
     Basis,
     checksum,
@@ -16,7 +17,6 @@ from ctsft.basis import (
     two_sides,
     weight_basis,
 )
-from ctsft.store import TOLERANCE
 
 CHOICES = ("top", "bottom", "random")
 property_test = settings(deadline=None, max_examples=40)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from peft import PeftModel
 
-import ctsft.cache
-import ctsft.spectrum
-import ctsft.tuner
+import ctsft.adapter.model
+import ctsft.spectral.cache
+import ctsft.spectral.decompose
 from ctsft import CTConfig, resize, save_adapter
-from ctsft.basis import Basis
-from ctsft.cache import file_of, key_of, read_bases, write_bases
-from ctsft.train import extra_memory
-from ctsft.tuner import make_plan
+from ctsft.adapter.model import make_plan
+from ctsft.spectral.basis import Basis
+from ctsft.spectral.cache import file_of, key_of, read_bases, write_bases
+from ctsft.tune.run import extra_memory
 from helpers import adapt, assert_same_bits, logits, owners, randomise, tiny
 
 WIDE = {"hidden_size": 520, "intermediate_size": 540, "num_hidden_layers": 1}
@@ -25,13 +25,13 @@ TARGETS = ["q_proj", "up_proj", "k_proj"]  # (520, 520) and (540, 520), which ar
 def bases(tmp_path, monkeypatch):
     """A cache folder of the test's own, in which every basis is kept; the folder of its files."""
     monkeypatch.setenv("CTSFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ctsft.tuner, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(ctsft.adapter.model, "WORTH_KEEPING", 0.0)
     return tmp_path / "cache" / "bases"
 
 
 @pytest.fixture
 def from_500(monkeypatch):
-    monkeypatch.setattr(ctsft.spectrum, "ITERATED_FROM", 500)
+    monkeypatch.setattr(ctsft.spectral.decompose, "ITERATED_FROM", 500)
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def refuse(*_):
 
 
 def count_made(monkeypatch):
-    made, make = [], ctsft.tuner.weight_basis
-    monkeypatch.setattr(ctsft.tuner, "weight_basis", lambda w, *rest: made.append(w.shape) or make(w, *rest))
+    made, make = [], ctsft.adapter.model.weight_basis
+    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", lambda w, *rest: made.append(w.shape) or make(w, *rest))
     return made
 
 
@@ -67,14 +67,14 @@ def test_a_second_start_makes_no_basis_and_has_the_same_bits(form, choice, dtype
     options = {"form": form, "weight_from": choice, "basis_dtype": dtype, "seed": 3}
     first = all_bases(adapt(tiny(), **options))
     assert len(list(bases.iterdir())) == 1
-    monkeypatch.setattr(ctsft.tuner, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
     assert_same_bases(all_bases(adapt(tiny(), **options)), first)
     assert (next(iter(first.values())).u is None) == (form == "scores")
 
 
 def test_all_forms_and_dtypes_read_one_file(bases, monkeypatch):
     adapt(tiny())
-    monkeypatch.setattr(ctsft.tuner, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
     for options in ({"form": "core"}, {"form": "scores"}, {"basis_dtype": "bfloat16"}, {"seed": 5}):
         adapt(tiny(), **options)
     assert len(list(bases.iterdir())) == 1
@@ -93,7 +93,7 @@ def test_whatever_decides_the_bits_is_in_the_key(bases, monkeypatch):
         adapt(base, **options)
         assert len(list(bases.iterdir())) == before + 1
     keys = {key_of("x"), key_of("y")}
-    monkeypatch.setattr(ctsft.cache, "VERSION", 2)
+    monkeypatch.setattr(ctsft.spectral.cache, "VERSION", 2)
     keys.add(key_of("x"))
     monkeypatch.setattr(torch, "__version__", "0.0")
     keys.add(key_of("x"))
@@ -138,7 +138,7 @@ def test_fewer_directions_are_read_from_a_file_of_more_only_where_the_bits_are_t
 def test_the_file_holds_the_most_directions_asked_for_so_far(wide, bases, monkeypatch):
     def kept():
         (file,) = bases.iterdir()
-        with ctsft.cache.safe_open(file, "pt") as opened:
+        with ctsft.spectral.cache.safe_open(file, "pt") as opened:
             return {n.split(".")[-2]: opened.get_slice(n).get_shape()[0] for n in opened.keys() if n.endswith("vh")}  # noqa: SIM118
 
     adapt(wide(), k={"q_proj": 8, ".*": 20}, target_modules=TARGETS)
@@ -195,7 +195,7 @@ def test_a_bad_file_is_told_of_and_replaced(damage, bases, monkeypatch):
         again = make_plan(tiny(), CTConfig(k=4)).bases
     assert len(told) == 1
     assert_same_bases(again, first)
-    monkeypatch.setattr(ctsft.tuner, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
     assert_same_bases(all_bases(adapt(tiny())), first)
 
 
@@ -243,7 +243,7 @@ def test_an_adapter_trained_on_kept_bases_loads_on_recomputed_ones(wide, tmp_pat
 def test_resize_reads_from_the_file(wide, monkeypatch):
     adapt(wide(), k=64, target_modules=["q_proj", "up_proj"])
     model = adapt(wide(), k=8, target_modules=["q_proj", "up_proj"])
-    monkeypatch.setattr(ctsft.tuner, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
     for k in (40, 64, 5):
         resize(model, k)
         for basis in all_bases(model).values():
@@ -269,7 +269,7 @@ def test_two_adapters_of_one_model_share_one_basis(basis, dtype, monkeypatch):
     model = adapt(tiny(), **options)
     alone, bytes_alone = all_bases(model), extra_memory(model, None)
     with monkeypatch.context() as patch:
-        patch.setattr(ctsft.tuner, "weight_basis", refuse)
+        patch.setattr(ctsft.adapter.model, "weight_basis", refuse)
         model.add_adapter("b", CTConfig(**options))
     assert share_everything(model, "default", "b")
     assert_same_bases(all_bases(model, "b"), alone)

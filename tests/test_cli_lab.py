@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from ctsft import cli_lab
-from ctsft.cli import app
+from ctsft.cli import lab as cli_lab
+from ctsft.cli.main import app
 from ctsft.errors import CTError
-from ctsft.summary import rows
+from ctsft.lab.metrics import rows
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -107,7 +107,7 @@ class NoTorch:
         assert name.partition(".")[0] not in ("torch", "transformers", "peft"), name
 sys.meta_path.insert(0, NoTorch())
 sys.argv[1:1] = {words!r}
-from ctsft.cli import main
+from ctsft.cli.main import main
 main()
 """
     run = [sys.executable, "-c", code]

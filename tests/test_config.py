@@ -5,8 +5,8 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from ctsft import CTConfig, CTError
-from ctsft.config import CTSFT, extend_peft_type
-from ctsft.tuner import CTModel
+from ctsft.adapter.config import CTSFT, extend_peft_type
+from ctsft.adapter.model import CTModel
 
 
 def test_ctsft_is_a_peft_type():

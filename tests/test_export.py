@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ctsft import CTConfig, CTError, export_adapter
-from ctsft.export import largest_logit_difference
-from ctsft.layer import CTLayer
+from ctsft.adapter.export import largest_logit_difference
+from ctsft.adapter.layer import CTLayer
 from helpers import (
     BASES,
     EMBEDDING,
@@ -212,14 +212,14 @@ def test_refusals_leave_nothing_behind(tmp_path, monkeypatch):
     def half(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ctsft.export.save_file", half)
+    monkeypatch.setattr("ctsft.adapter.export.save_file", half)
     with pytest.raises(KeyboardInterrupt):
         export_adapter(model, tmp_path / "new", "lora")
     assert [f.name for f in tmp_path.iterdir()] == ["there"]
 
 
 def test_a_rank_beyond_vllms_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("ctsft.export.VLLM_LARGEST_RANK", 3)
+    monkeypatch.setattr("ctsft.adapter.export.VLLM_LARGEST_RANK", 3)
     assert export_adapter(adapt(tiny()), tmp_path / "lora", "lora") == ["rank 4: vLLM takes adapters up to rank 3."]
 
 

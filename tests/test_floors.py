@@ -1,4 +1,4 @@
-"""A file imports only from those before it in this table, so that it can be read, and tested, without the rest."""
+"""Rooms: a file imports only from rooms below its own, and inside a room from files above it in the list."""
 
 import ast
 from pathlib import Path
@@ -7,28 +7,44 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "ctsft"
 
-# A lower floor knows nothing of a higher one; within a floor, and so in the whole table, the order counts too.
-FLOORS = {
-    0: [
-        "errors",
-        "record",
-        "recipe",
-        "sql",
-        "schedule",
-        "experiment",
-        "summary",
-        "stats",
-        "claim",
-    ],  # plain values, no torch
-    1: ["spectrum", "basis", "fused"],  # tensor algebra
-    2: ["weights", "cache", "photonic", "corpus", "models", "universal"],  # what is adapted, and the text
-    3: ["config", "layer", "store", "tuner", "calibration", "export", "inspection"],  # the adapter
-    4: ["report", "lab_figures", "lab_report"],  # pages from plain records
-    5: ["train", "probe", "arms", "lab", "sweep"],
-    6: ["cli_lab", "cli"],
+ROOMS = {  # the lowest first; "" holds the small files that all use
+    "": ["errors", "choices", "files"],
+    "data": ["sql", "rows"],
+    "models": ["photonic", "load"],
+    "spectral": ["decompose", "weights", "basis", "universal", "cache"],
+    "adapter": ["config", "fused", "layer", "store", "model", "calibrate", "export"],
+    "probe": [],
+    "tune": ["recipe", "inspect", "report", "run"],
+    "lab": [
+        *("schedule", "experiments", "methods", "run", "sweep", "metrics", "stats", "claims", "figures", "page"),
+    ],
+    "cli": ["lab", "main"],
 }
-ORDER = [name for floor in FLOORS.values() for name in floor]
-FILES = sorted(path.stem for path in SOURCE.glob("**/*.py") if path.stem not in ("__init__", "__main__"))
+# Plain values: verdicts, reports and --help are made without torch.
+NO_TORCH = {
+    *("errors", "choices", "files", "data.sql", "tune.recipe", "tune.report", "cli.main", "cli.lab"),
+    *("lab.schedule", "lab.experiments", "lab.sweep", "lab.metrics", "lab.stats", "lab.claims", "lab.figures"),
+    "lab.page",
+}
+HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
+
+
+def room_order():
+    """The names of all files, the lowest first."""
+    for room, names in ROOMS.items():
+        yield from [f"{room}.{name}" if room else name for name in names] or [room]
+
+
+ORDER = list(room_order())
+FILES = sorted(
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    for path in SOURCE.glob("**/*.py")
+    if path.stem not in ("__init__", "__main__")
+)
+
+
+def parsed(name):
+    return ast.parse((SOURCE / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8"))
 
 
 def imported(tree):
@@ -38,13 +54,14 @@ def imported(tree):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: write the import in full, from ctsft.name import ..."
-            names = [node.module] if node.module != "ctsft" else [f"ctsft.{alias.name}" for alias in node.names]
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = whole if node.module.removeprefix("ctsft.") in ("ctsft", *ROOMS) else [node.module]
         else:
             continue
         for name in names:
             package, _, rest = name.partition(".")
             if package == "ctsft":
-                yield rest.split(".")[0] or "ctsft"
+                yield rest or "ctsft"
 
 
 def test_imported_sees_every_way_to_import():
@@ -56,23 +73,29 @@ def test_imported_sees_every_way_to_import():
         list(imported(ast.parse("from .a import x")))
 
 
-def test_every_file_has_its_floor():
+def test_every_file_has_its_room():
     assert len(ORDER) == len(set(ORDER))
-    assert set(FILES) == set(ORDER), "add the new file to FLOORS"
+    assert set(FILES) == set(ORDER), "add the new file to ROOMS"
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_only_from_below(name):
-    tree = ast.parse((SOURCE / f"{name}.py").read_text(encoding="utf-8"))
     below = ORDER[: ORDER.index(name)]
-    assert set(imported(tree)) <= set(below), f"{name}.py may import only {below}"
+    assert set(imported(parsed(name))) <= set(below), f"{name} may import only {below}"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name in FLOORS[0]])
-def test_the_lowest_floor_needs_no_torch(name):
-    tree = ast.parse((SOURCE / f"{name}.py").read_text(encoding="utf-8"))
-    roots = {
-        alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
-    }
-    roots |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-    assert not roots & {"torch", "transformers", "peft", "trl", "datasets"}
+@pytest.mark.parametrize("room", [room for room in ROOMS if room])
+def test_a_room_says_what_it_is_for_and_imports_nothing(room):
+    path = SOURCE / room / "__init__.py"
+    if path.exists():
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert len(body) == 1 and ast.get_docstring(ast.Module(body, []))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_torch_is_imported_only_where_tensors_are(name):
+    top = [node for node in parsed(name).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    heavy = {alias.name.split(".")[0] for node in top if isinstance(node, ast.Import) for alias in node.names}
+    heavy |= {node.module.split(".")[0] for node in top if isinstance(node, ast.ImportFrom)}
+    ours = {found for node in top for found in imported(ast.Module([node], []))}
+    assert bool(heavy & HEAVY or ours - NO_TORCH) != (name in NO_TORCH)

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ctsft.fused import AdaptedLinear
-from ctsft.layer import CTLinear
+from ctsft.adapter.fused import AdaptedLinear
+from ctsft.adapter.layer import CTLinear
 from helpers import FORMS, adapt, assert_close, assert_same_bits, ids, owners, randomise, tiny
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 from ctsft.errors import CTError
-from ctsft.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM, PhotonicGPTModel
+from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM, PhotonicGPTModel
 
 SHAPE = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24}
 
@@ -73,7 +73,7 @@ def test_auto_classes_know_it():
 
 def test_a_second_import_is_harmless():
     # In another process, since a reload leaves two of each class behind.
-    code = "import importlib, ctsft.photonic as p; importlib.reload(p); print(p.PhotonicGPTConfig())"
+    code = "import importlib, ctsft.models.photonic as p; importlib.reload(p); print(p.PhotonicGPTConfig())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "photonic_gpt" in run.stdout

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from ctsft import CTError
-from ctsft.basis import Basis, gradient_basis, random_basis
+from ctsft.adapter.model import resize
 from ctsft.probe import (
     DENSE,
     TOP,
@@ -29,9 +29,9 @@ from ctsft.probe import (
     gram_singular_values,
     look,
 )
-from ctsft.spectrum import effective_rank, stable_rank
-from ctsft.tuner import resize
-from ctsft.weights import matrix
+from ctsft.spectral.basis import Basis, gradient_basis, random_basis
+from ctsft.spectral.decompose import effective_rank, stable_rank
+from ctsft.spectral.weights import matrix
 from helpers import (
     EMBEDDING,
     FORMS,

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.recipe import Recipe, auto_lr, make_recipe, read_recipe
+from ctsft.tune.recipe import Recipe, auto_lr, make_recipe, read_recipe
 
 
 def test_defaults_are_a_recipe_and_survive_json():

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.report import COLOURS, duration, score, size, thinned, window, words, write_report
+from ctsft.tune.report import COLOURS, duration, score, size, thinned, window, words, write_report
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
 
@@ -312,7 +312,7 @@ def test_another_format_is_refused(run, tmp_path):
 
 def test_needs_no_torch(run, tmp_path):
     code = (
-        "import json, sys; from ctsft.report import write_report; assert 'matplotlib' not in sys.modules; "
+        "import json, sys; from ctsft.tune.report import write_report; assert 'matplotlib' not in sys.modules; "
         "write_report(json.load(sys.stdin), 'report.html'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], input=json.dumps(run), text=True, check=True, cwd=tmp_path)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctsft.errors import CTError
-from ctsft.schedule import counted_parameters, k_at, parse_schedule
+from ctsft.lab.schedule import counted_parameters, k_at, parse_schedule
 
 PHOTONIC = [(768, 256), (256, 256), (1024, 256), (256, 1024)] * 8 + [(15007, 256)]  # the papers' 33 matrices
 

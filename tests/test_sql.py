@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctsft.errors import CTError
-from ctsft.sql import (
+from ctsft.data.sql import (
     DOMAINS,
     KINDS,
     MAX_EXAMPLES,
@@ -20,6 +19,7 @@ from ctsft.sql import (
     extract_sql,
     generate,
 )
+from ctsft.errors import CTError
 
 TRAIN = generate(600, 0, "train")
 HELDOUT = generate(300, 0, "heldout")

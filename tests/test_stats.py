@@ -9,7 +9,7 @@ from scipy import integrate
 from scipy import stats as scipy_stats
 
 from ctsft.errors import CTError
-from ctsft.stats import (
+from ctsft.lab.stats import (
     all_hold,
     correlation_z,
     holm,

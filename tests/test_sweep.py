@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ctsft import sweep as module
 from ctsft.errors import CTError
-from ctsft.experiment import TUNE_SEEDS, Arm, Records, Spec, choose_rate, due
-from ctsft.sweep import Clock, Workers, check_answers, in_process, make_engine, on_ray, processes, sweep
+from ctsft.lab import sweep as module
+from ctsft.lab.experiments import TUNE_SEEDS, Arm, Records, Spec, choose_rate, due
+from ctsft.lab.sweep import Clock, Workers, check_answers, in_process, make_engine, on_ray, processes, sweep
 
 # ------------------------------------------------------------------------------------------ runs that need no model
 
@@ -108,7 +108,7 @@ def start_driver(folder, call):
     (folder / "driver.py").write_text(
         f"import sys\nfrom pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from ctsft.experiment import Records\nfrom ctsft.sweep import processes, sweep\n"
+        "from ctsft.lab.experiments import Records\nfrom ctsft.lab.sweep import processes, sweep\n"
         "from test_sweep import fake, plain\n"
         f"if __name__ == '__main__':\n    records = Records(Path({str(folder / 'r')!r}))\n    {call}\n"
     )
@@ -322,7 +322,7 @@ def test_every_worker_has_its_threads(log, tmp_path):
 
 def test_a_worker_that_has_torch_already_has_its_threads_too():
     code = (
-        "import torch\nfrom multiprocessing import Pipe\nfrom ctsft.sweep import start_worker\n"
+        "import torch\nfrom multiprocessing import Pipe\nfrom ctsft.lab.sweep import start_worker\n"
         "ends = Pipe(duplex=False)\nstart_worker(ends[0], 3)\nprint(torch.get_num_threads())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "3\n"

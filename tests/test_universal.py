@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import ctsft
-from ctsft import universal, weights
 from ctsft.errors import CTError
-from ctsft.models import PHOTONIC, load_skeleton
-from ctsft.spectrum import principal_directions
-from ctsft.universal import Checkpoint, universal_basis
-from ctsft.weights import matrix, rows, universal_gram, universal_members, width
+from ctsft.models.load import PHOTONIC, load_skeleton
+from ctsft.spectral import universal, weights
+from ctsft.spectral.decompose import principal_directions
+from ctsft.spectral.universal import Checkpoint, universal_basis
+from ctsft.spectral.weights import matrix, rows, universal_gram, universal_members, width
 from helpers import HEAD, SHAPES, assert_same_bits, tiny
 
 

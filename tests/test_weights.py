@@ -10,10 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from universal import old_fingerprint
 
-from ctsft import weights
 from ctsft.errors import CTError
-from ctsft.spectrum import principal_directions
-from ctsft.weights import (
+from ctsft.spectral import weights
+from ctsft.spectral.decompose import principal_directions
+from ctsft.spectral.weights import (
     CHUNK,
     check_finite,
     checked,

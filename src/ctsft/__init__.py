@@ -12,30 +12,30 @@ import wrapt
 from ctsft.errors import CTError
 
 if TYPE_CHECKING:
-    from ctsft.calibration import calibrate
-    from ctsft.config import CTConfig
-    from ctsft.export import export_adapter
-    from ctsft.store import save_adapter
-    from ctsft.tuner import resize
-    from ctsft.universal import universal_basis
+    from ctsft.adapter.calibrate import calibrate
+    from ctsft.adapter.config import CTConfig
+    from ctsft.adapter.export import export_adapter
+    from ctsft.adapter.model import resize
+    from ctsft.adapter.store import save_adapter
+    from ctsft.spectral.universal import universal_basis
 
 __all__ = ["CTConfig", "CTError", "calibrate", "export_adapter", "resize", "save_adapter", "universal_basis"]
 __version__ = "0.1.0"
 
 HOMES = {
-    "CTConfig": "config",
-    "calibrate": "calibration",
-    "export_adapter": "export",
-    "resize": "tuner",
-    "save_adapter": "store",
-    "universal_basis": "universal",
+    "CTConfig": "adapter.config",
+    "calibrate": "adapter.calibrate",
+    "export_adapter": "adapter.export",
+    "resize": "adapter.model",
+    "save_adapter": "adapter.store",
+    "universal_basis": "spectral.universal",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
         raise AttributeError(f"module 'ctsft' has no attribute {name!r}")
-    importlib.import_module("ctsft.tuner")
+    importlib.import_module("ctsft.adapter.model")
     return getattr(importlib.import_module(f"ctsft.{HOMES[name]}"), name)
 
 
@@ -43,9 +43,9 @@ def register(loaded: object) -> None:
     """Make CTSFT known to peft; where a file of ctsft itself imports peft first, as soon as that file is complete."""
     ours = [m for n, m in sys.modules.items() if n.startswith("ctsft.") and m is not loaded]
     if not any(getattr(m.__spec__, "_initializing", False) for m in ours):
-        importlib.import_module("ctsft.tuner")
-        importlib.import_module("ctsft.photonic")
+        importlib.import_module("ctsft.adapter.model")
+        importlib.import_module("ctsft.models.photonic")
 
 
-for name in ("peft", "ctsft.config", "ctsft.layer", "ctsft.store", "ctsft.export"):
+for name in ("peft", "ctsft.adapter.config", "ctsft.adapter.layer", "ctsft.adapter.store", "ctsft.adapter.export"):
     wrapt.register_post_import_hook(register, name)

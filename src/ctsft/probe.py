@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
-from ctsft.basis import Basis, generator
-from ctsft.calibration import own_labels
+from ctsft.adapter.calibrate import own_labels
+from ctsft.adapter.layer import CTEmbedding, CTLayer
+from ctsft.adapter.model import fitted
+from ctsft.adapter.store import adapted
+from ctsft.choices import PROBES
 from ctsft.errors import CTError
-from ctsft.experiment import PROBES
-from ctsft.layer import CTEmbedding, CTLayer
-from ctsft.spectrum import effective_rank, stable_rank
-from ctsft.store import adapted
-from ctsft.tuner import fitted
-from ctsft.weights import clean_name, matrix
+from ctsft.spectral.basis import Basis, generator
+from ctsft.spectral.decompose import effective_rank, stable_rank
+from ctsft.spectral.weights import clean_name, matrix
 
 TOP = 20  # directions that paper 85 holds against the rest
 SAMPLES = 4  # with fewer, mean^2 / variance of pure noise has no finite mean (it is Fisher's F with n - 1 degrees)
@@ -372,8 +372,8 @@ class Probes:
         samples: Sequence[Batch] | None = None,
         adapter_name: str = "default",
     ) -> None:
-        if unknown := sorted(set(names) - set(get_args(PROBES))):
-            raise CTError(f"there are no probes {', '.join(unknown)}; there are {', '.join(get_args(PROBES))}.")
+        if unknown := sorted(set(names) - set(PROBES)):
+            raise CTError(f"there are no probes {', '.join(unknown)}; there are {', '.join(PROBES)}.")
         if every < 1:
             raise CTError(f"every={every} must be at least 1 update.")
         self.names, self.every, self.adapter_name = set(names), every, adapter_name

@@ -1,0 +1,1 @@
+"""The adapter: its settings, its algebra, its layers in a model, and its file."""

@@ -1,0 +1,270 @@
+"""The adapted layer: a frozen base module beside a frozen basis and the few numbers that train.
+
+Index letters: t tokens, i inputs, o outputs, k directions.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ctsft.adapter.config import CTConfig
+from ctsft.adapter.fused import AdaptedLinear
+from ctsft.errors import CTError
+from ctsft.spectral.basis import Basis
+from ctsft.spectral.weights import matrix
+
+
+class CTLayer(nn.Module, BaseTunerLayer):
+    """Adapters of one Linear, Conv1D or Embedding.
+
+    `ctsft_coefficients[name]` is the trained C in float32: (K,) `diagonal`, (K, K) `core`, (d_out or d_in, K) `scores`.
+    `ctsft_basis[name]` is kept out of the module tree on purpose: frozen, never cast, never in a state dict; the
+    universal basis is one tensor that all layers refer to. It is None between the reading of an adapter's config and of
+    its stored basis.
+    """
+
+    adapter_layer_names = ("ctsft_coefficients",)
+    other_param_names = ("ctsft_basis", "ctsft_config", "ctsft_fingerprint")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.ctsft_coefficients = nn.ParameterDict()
+        self.ctsft_basis: dict[str, Basis | None] = {}
+        self.ctsft_config: dict[str, CTConfig] = {}
+        self.ctsft_fingerprint: dict[str, str] = {}
+        self.ctsft_pending: set[str] = set()  # adapters whose trained numbers are still to be loaded
+        # the layer that owns the adapters of a tied weight; a tuple, so that it is no submodule
+        self.ctsft_owner: tuple[CTLayer, ...] = ()
+        self.merged_adapters = []
+        self._unmerged: Tensor | None = None
+        self._disable_adapters = False
+
+    # ---- adding and moving
+
+    def update_layer(self, name: str, config: CTConfig, basis: Basis | None, k: int, fingerprint: str) -> None:
+        """Add (or overwrite) the adapter `name` with zero coefficients: the output does not change."""
+        self.ctsft_config[name] = config
+        self.ctsft_fingerprint[name] = fingerprint
+        self.ctsft_basis[name] = basis
+        device = self.settle()
+        self.ctsft_pending.discard(name)
+        if config.from_disk:
+            self.ctsft_pending.add(name)
+        self.ctsft_coefficients[name] = nn.Parameter(torch.zeros(self.coefficient_shape(name, k), device=device))
+
+    def share(self, name: str, owner: "CTLayer") -> None:
+        """Use the adapter that `owner` holds for the same (tied) weight."""
+        self.ctsft_owner = (owner,)
+        self.ctsft_config[name] = owner.ctsft_config[name]
+        self.ctsft_fingerprint[name] = owner.ctsft_fingerprint[name]
+        self.ctsft_basis[name] = owner.ctsft_basis[name]
+        self.ctsft_pending = set(owner.ctsft_pending)
+        self.ctsft_coefficients[name] = owner.ctsft_coefficients[name]
+
+    def coefficient_shape(self, name: str, k: int) -> tuple[int, ...]:
+        """Shape of the trained piece of adapter `name` at `k` directions."""
+        form, basis = self.ctsft_config[name].form, self.ctsft_basis[name]
+        if form == "scores":
+            d_out, d_in = matrix(self.get_base_layer()).shape
+            return (d_in if basis is not None and basis.vh is None else d_out, k)
+        return (k,) if form == "diagonal" else (k, k)
+
+    def settle(self) -> torch.device:
+        """Bring the bases to the base weight's device, and return it."""
+        device = self.get_base_layer().weight.device
+        assert isinstance(device, torch.device)
+        for basis in self.ctsft_basis.values():
+            if basis is not None and device.type != "meta":
+                basis.move(device)
+        return device
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CTLayer":
+        trained = {p: p.data for p in self.ctsft_coefficients.values()}
+        super()._apply(fn, recurse)
+        for parameter, exact in trained.items():
+            if parameter.dtype != exact.dtype:  # a cast of the model does not reach the trained numbers
+                parameter.data = exact.to(parameter.device)
+                parameter.grad = None if parameter.grad is None else parameter.grad.to(exact.dtype)
+        self.settle()
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As peft's, but the trained numbers stay float32, and stay one parameter where a weight is tied."""
+        if adapter_name not in self.ctsft_coefficients:
+            return
+        if self.ctsft_owner:
+            self.ctsft_coefficients[adapter_name] = self.ctsft_owner[0].ctsft_coefficients[adapter_name]
+        parameter = self.ctsft_coefficients[adapter_name]
+        parameter.data = parameter.data.to(device or self.settle())
+
+    # ---- algebra
+
+    def ready(self, name: str) -> Basis:
+        """The basis of adapter `name`, or CTError while its file has not been read."""
+        basis = self.ctsft_basis[name]
+        if basis is None or name in self.ctsft_pending:
+            raise CTError(
+                f"adapter {name!r} was configured from disk but its weights were never loaded; use "
+                "peft.PeftModel.from_pretrained(model, folder)."
+            )
+        return basis
+
+    def coefficients(self, name: str) -> Tensor:
+        """C of adapter `name` in float32; for `replace`, the whole scores of the new W."""
+        c, start = self.ctsft_coefficients[name].float(), self.ready(name).start
+        return c if start is None else c + start
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """left (d_out, K) and right (K, d_in) with dW = left right; for `replace`, of the whole new W. float32."""
+        basis, c = self.ready(name), self.coefficients(name)
+        if basis.u is None:
+            return c, cast(Tensor, basis.vh).float()
+        u = basis.u.float()
+        if basis.vh is None:
+            return u, c.T
+        return (u * c if c.ndim == 1 else u @ c), basis.vh.float()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Dense dW of `adapter`, float32, in the base module's layout. For merging and tests, not used in training."""
+        left, right = self.factors(adapter)
+        delta = left @ right
+        if self.replaces(adapter):
+            delta = delta - matrix(self.get_base_layer(), self.base_weight()).float()
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def replaces(self, name: str) -> bool:
+        return self.ctsft_config[name].universal_mode == "replace"
+
+    def dropped(self, name: str) -> Tensor:
+        """`coefficients` without the directions that amplitude dropout drops for one training step."""
+        c, p = self.coefficients(name), self.ctsft_config[name].amplitude_dropout
+        if not self.training or p == 0:
+            return c
+        return c * F.dropout(torch.ones(c.shape[-1], device=c.device), p)
+
+    def delta(self, name: str, x: Tensor) -> Tensor:
+        """What adapter `name` adds to the output for input `x` (..., d_in); for `replace`, all of W x.
+
+        Products with the trained C run in float32; those with frozen factors in the wider of their and the input's
+        dtype.
+        """
+        basis, c = self.ready(name), self.dropped(name)
+        dtype = torch.promote_types(x.dtype, basis.dtype)
+        z = x.float() @ c if basis.vh is None else F.linear(x.to(dtype), basis.vh.to(dtype)).float()
+        if basis.u is None:
+            return F.linear(z, c)
+        if basis.vh is not None:
+            z = z * c if c.ndim == 1 else F.linear(z, c)
+        return F.linear(z.to(dtype), basis.u.to(dtype))
+
+    def present(self) -> list[str]:
+        """Active adapters that this layer has; CTError where one replaces W and another would add to it."""
+        names = [n for n in self.active_adapters if n in self.ctsft_coefficients]
+        if len(names) > 1 and any(self.replaces(n) for n in names):
+            raise CTError(
+                "an adapter with universal_mode='replace' cannot be active beside another; activate one of them."
+            )
+        return names
+
+    # ---- merging
+
+    def base_weight(self) -> Tensor:
+        """The base module's weight as it was before any merge, in the module's own layout."""
+        unmerged = (self.ctsft_owner[0] if self.ctsft_owner else self)._unmerged
+        return cast(Tensor, self.get_base_layer().weight).data if unmerged is None else unmerged
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add dW to the base weight; the original is kept, so that `unmerge` restores it bit for bit."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.ctsft_coefficients]
+        if any(self.replaces(n) for n in names) and len(names) + len(self.merged_adapters) > 1:
+            raise CTError("an adapter with universal_mode='replace' cannot be merged with another.")
+        weight = cast(Tensor, self.get_base_layer().weight).data
+        if names and not self.ctsft_owner:
+            merged = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            for name in names:
+                merged = merged + self.get_delta_weight(name)
+            merged = merged.to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise CTError(f"merging {names} would give NaN or infinite weights; the adapter is broken.")
+            self._unmerged = weight.clone() if self._unmerged is None else self._unmerged
+            weight.copy_(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the base weight's exact bits."""
+        if self._unmerged is not None:
+            cast(Tensor, self.get_base_layer().weight).data.copy_(self._unmerged)
+            self._unmerged = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return not self.replaces(adapter_name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self.present()
+        if names and self.replaces(names[0]):
+            return self.replaced(names[0], x)
+        result = self.base_layer(x, *args, **kwargs)
+        dtype = result.dtype
+        for name in names:
+            result = result + self.delta(name, x)  # float32 with a float32 basis: the sum is rounded once
+        return result.to(dtype)
+
+    def replaced(self, name: str, x: Tensor) -> Tensor:
+        """The output where adapter `name` stands in for W."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        out = self.delta(name, x)
+        return (out if bias is None else out + bias).to(self.get_base_layer().weight.dtype)  # type: ignore[arg-type]
+
+
+class CTLinear(CTLayer):
+    """Adapters of a Linear or Conv1D. One adapter on a bare, frozen Linear goes the fast way: the same, in one node."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = [] if self.disable_adapters or self.merged else self.present()
+        if len(names) != 1 or self.replaces(names[0]) or not self.bare(x):
+            return super().forward(x, *args, **kwargs)
+        base, basis, c = cast(nn.Linear, self.base_layer), self.ready(names[0]), self.dropped(names[0])
+        return AdaptedLinear.apply(x, base.weight, base.bias, basis.u, c, basis.vh)  # type: ignore[no-any-return]
+
+    def bare(self, x: Tensor) -> bool:
+        """Whether calling the base module on `x` does nothing but the product with its frozen weight.
+
+        Not so under hooks, autocast, torch.compile (which fuses by itself) or torch.func.
+        """
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and not any(p.requires_grad for p in base.parameters(recurse=False))
+            and "forward" not in vars(base)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and x.dtype == base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        )
+
+
+class CTEmbedding(CTLayer):
+    """Adapters of an Embedding, W (vocabulary, d_model): row ids pick rows of the left factor."""
+
+    def delta(self, name: str, x: Tensor) -> Tensor:
+        basis, c = self.ready(name), self.dropped(name)
+        z = F.embedding(x, c if basis.u is None else basis.u).float()
+        if basis.vh is None:
+            return z @ c.T * self.scale()
+        if basis.u is not None:
+            z = z * c if c.ndim == 1 else z @ c
+        return z @ basis.vh.float() * self.scale()
+
+    def scale(self) -> Tensor | float:
+        """Factor that some embeddings (Gemma's) put on their output."""
+        scale = self._get_embed_scale()
+        return 1.0 if scale is None else scale.float()

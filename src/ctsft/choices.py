@@ -1,0 +1,111 @@
+"""What can be chosen, in one list each: adapter options, dtypes and probes. Configs, recipes, specs and commands are
+made from these; nothing here imports torch.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from ctsft.errors import CTError
+
+Form = Literal["diagonal", "core", "scores"]
+BasisKind = Literal["weight", "random", "universal", "gradient", "activation"]
+WeightFrom = Literal["top", "bottom", "random"]
+UniversalMode = Literal["residual", "replace"]
+BasisDtype = Literal["float32", "bfloat16"]
+SaveDtype = Literal["float32", "bfloat16", "float16"]
+ModelDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Probe = Literal["coverage", "gradient_rank", "gradient_snr", "diversity"]
+
+FORMS: tuple[str, ...] = get_args(Form)
+BASES: tuple[str, ...] = get_args(BasisKind)
+DTYPES: tuple[str, ...] = get_args(ModelDtype)
+PROBES: tuple[str, ...] = get_args(Probe)
+
+CHOSEN = {  # the options of an adapter that are one of a few words
+    "form": FORMS,
+    "basis": BASES,
+    "weight_from": get_args(WeightFrom),
+    "universal_mode": get_args(UniversalMode),
+    "basis_dtype": get_args(BasisDtype),
+    "save_dtype": get_args(SaveDtype),
+}
+
+
+def about(told: str) -> dict[str, str]:
+    """A field's description, under the name that transformers and peft read, and the one that pydantic reads."""
+    return {"help": told, "description": told}
+
+
+@dataclass
+class AdapterOptions:
+    """All that one chooses about an adapter, checked by `check`: CTConfig and the recipe of a run both have these."""
+
+    k: int | dict[str, int] = field(
+        default=64,
+        metadata=about("Directions per matrix, or a mapping from module pattern (a regex on the name's end) to K."),
+    )
+    form: Form = field(
+        default="diagonal",
+        metadata=about("`diagonal`: K amplitudes; `core`: a K x K matrix; `scores`: one whole factor, d_out x K."),
+    )
+    basis: BasisKind = field(
+        default="weight",
+        metadata=about("Where the directions come from; `gradient` and `activation` are made from data."),
+    )
+    weight_from: WeightFrom = field(
+        default="top",
+        metadata=about("Which singular directions of W: `top`, `bottom` or a seeded `random` choice."),
+    )
+    universal_mode: UniversalMode = field(
+        default="residual",
+        metadata=about("`residual`: W + D B, identity at the start. `replace`: W becomes its K-term form (paper 78)."),
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata=about("Names (or one regex) of modules to adapt; None: every Linear and Conv1D but the head."),
+    )
+    amplitude_dropout: float = field(
+        default=0.0,
+        metadata=about("Chance that a direction is dropped for a training step (paper 85's alpha dropout)."),
+    )
+    basis_dtype: BasisDtype = field(
+        default="float32",
+        metadata=about(
+            "`bfloat16` rounds the directions once, when they are made: half the memory and, on a bfloat16 base, "
+            "products in bfloat16. The adapter is then the rounded one everywhere, exports included."
+        ),
+    )
+    store_basis: bool = field(
+        default=False,
+        metadata=about("Always write the basis, even where it can be made again from the base weights."),
+    )
+    save_dtype: SaveDtype = field(
+        default="float32", metadata=about("How trained numbers are written: 4 or 2 bytes each.")
+    )
+    seed: int = field(default=0, metadata=about("Seed of the random basis and of weight_from='random'."))
+
+    def check(self) -> None:
+        """CTError for a value or a combination that makes no sense."""
+        for k in self.k.values() if isinstance(self.k, Mapping) else [self.k]:
+            if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+                raise CTError(f"k={k!r} must be a whole number of directions, at least 1.")
+        if self.k == {}:
+            raise CTError("k is an empty mapping; give an int or {module pattern: int}.")
+        for pattern in self.k if isinstance(self.k, Mapping) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise CTError(f"the k pattern {pattern!r} is no regular expression: {error}.") from None
+        if not 0 <= self.amplitude_dropout < 1:
+            raise CTError(f"amplitude_dropout={self.amplitude_dropout} must be at least 0 and below 1.")
+        if self.weight_from != "top" and self.basis != "weight":
+            raise CTError(
+                f"weight_from={self.weight_from!r} chooses among W's own directions; it needs basis='weight'."
+            )
+        if self.universal_mode == "replace" and (self.basis, self.form) != ("universal", "scores"):
+            raise CTError(
+                "universal_mode='replace' makes W its scores on the universal basis; it needs basis='universal' and "
+                "form='scores'."
+            )

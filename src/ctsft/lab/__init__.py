@@ -1,0 +1,1 @@
+"""The laboratory: experiments and claims as data, runs, verdicts and their page."""

@@ -1,0 +1,322 @@
+"""Arms: what one spec makes trainable in a model, our forms and every baseline, counted and weighed by the same rules.
+
+All of them start at the base model exactly (`universal_mode="replace"` excepted), and with scale 1: the learning rate
+is tuned for every arm, and a scale would only move it. What trains, per adapted matrix (d_out, d_in):
+
+- `diagonal` K, `core` K^2, `scores` K d_out: our forms, see CTConfig.
+- `lora` K (d_out + d_in): alpha = K. `lora-fa` K d_out: its random factor is frozen (Zhang et al. 2023).
+- `lora-xs` K^2: dW = U_K S_K R Vh_K (Balazy et al. 2024); `core` with the singular values folded into U.
+- `vera` K + d_out (Kopiczko et al. 2024). `ia3`: d_out, or d_in where it scales the MLP's inner activations (Liu et
+  al. 2022).
+- `full`: the matrix itself, no bias. `norms`: no matrix; all vectors of the model (norm gains and all biases).
+"""
+
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ctsft.adapter.calibrate import calibrate, mean_gradients
+from ctsft.adapter.config import RECOMPUTABLE, CTConfig
+from ctsft.adapter.model import find_targets
+from ctsft.adapter.store import adapted
+from ctsft.choices import FORMS
+from ctsft.errors import CTError
+from ctsft.lab.experiments import Spec
+from ctsft.lab.schedule import counted_parameters
+from ctsft.spectral.decompose import effective_rank, singular_values
+from ctsft.spectral.weights import matrix
+
+LORAS = ("lora", "lora-fa", "lora-xs")
+LINEAR_ONLY = ("ia3", "vera")  # methods that know no embedding
+FEEDFORWARD = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING | {"photonic_gpt": ["mlp.down"]}
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Equipped:
+    """A model with what `spec` trains, and nothing else, set to train.
+
+    names, shapes: adapted matrices and their (d_out, d_in), in the model's order, a tied one once; none for `norms`.
+    Methods that know no embedding leave it out.
+    """
+
+    model: nn.Module
+    spec: Spec
+    names: list[str]
+    shapes: list[tuple[int, int]]
+    base: frozenset[nn.Parameter] = field(repr=False)  # the parameters of the bare model
+    base_buffer_bytes: int = field(repr=False)
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """All that trains, a shared parameter once."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def trained(self) -> int:
+        """How many numbers train, as the model stands."""
+        return sum(p.numel() for p in self.trainable)
+
+    @property
+    def ks(self) -> list[int]:
+        """K of every adapted matrix as the model stands; empty for methods without a K of this meaning."""
+        if self.spec.method in ("lora", "lora-fa"):
+            return [self.spec.k] * len(self.shapes)
+        return [layer.ready("default").k for _, layer in adapted(self.model, "default")]
+
+    def counted(self, k: int | None = None) -> int | None:
+        """K (d_out + d_in) over the matrices, which papers 81 and 82 call trainable; None for methods without a K.
+
+        `k`: at that K in every matrix; None: at each matrix's K as it is.
+        """
+        if self.spec.method not in FORMS + LORAS:
+            return None
+        if k is not None:
+            return counted_parameters(k, self.shapes)
+        return sum(counted_parameters(k, [shape]) for k, shape in zip(self.ks, self.shapes, strict=True))
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes in memory beside the bare model and for what trains: frozen bases and trained numbers.
+
+        Shared storage counts once. Gradients and the optimizer's state are not in it.
+        """
+        tensors: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad or p not in self.base]
+        for _, layer in adapted(self.model, "default"):
+            tensors += layer.ready("default").tensors().values()
+        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+        return sum(storages.values()) + buffer_bytes(self.model) - self.base_buffer_bytes
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of the two moments that Adam and AdamW keep."""
+        return 2 * sum(p.nbytes for p in self.trainable)
+
+    def adapter_bytes(self) -> int:
+        """Bytes of the safetensors file that holds the adapter, or what trained of the bare model; really written.
+
+        peft writes the frozen random factor of `lora-fa` too; `vera` stores its seed for both of its own. A diverged
+        adapter weighs as much as any: zeros stand in for numbers that are not finite.
+        """
+        broken = {p: p.data for p in self.trainable if not p.isfinite().all()}
+        try:
+            for p in broken:
+                p.data = torch.zeros_like(p)
+            with tempfile.TemporaryDirectory() as folder:
+                if hasattr(self.model, "peft_config"):
+                    save: Callable[..., None] = self.model.save_pretrained  # type: ignore[assignment]
+                    save(folder, save_embedding_layers=False)
+                else:
+                    changed = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+                    save_file(changed, Path(folder) / "changed.safetensors")
+                return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        finally:
+            for p, data in broken.items():
+                p.data = data
+
+
+def buffer_bytes(model: nn.Module) -> int:
+    return sum(b.nbytes for b in model.buffers())
+
+
+# ------------------------------------------------------------------------------------------------------------ targets
+
+
+def targets(model: nn.Module, spec: Spec) -> dict[str, nn.Module]:
+    """The modules that `spec` adapts in the bare transformers `model`, by name, in the model's order.
+
+    `paper`: all linear matrices of the blocks and the token embedding, with it the head that is tied to it; `blocks`:
+    without the embedding; `last2`: of the last two blocks; `last2+head`: these and the output head. IA3, VeRA and the
+    basis `activation` know no embedding and adapt the blocks alone; `norms` adapts no matrix, whatever the targets.
+    """
+    if spec.method == "norms":
+        return {}
+    found, _ = find_targets(model, CTConfig())
+    names = set(found)
+    if spec.targets.startswith("last2"):
+        blocks = {n: int(number[1]) for n in found if (number := re.search(r"\.(\d+)\.", n))}
+        names = {n for n, block in blocks.items() if block >= max(blocks.values()) - 1}
+    extra = None
+    if spec.targets == "last2+head":
+        extra = model.get_output_embeddings()  # type: ignore[operator]
+    elif spec.targets == "paper" and spec.method not in LINEAR_ONLY and not by_activation(spec):
+        extra = model.get_input_embeddings()  # type: ignore[operator]
+    return {n: m for n, m in model.named_modules() if n in names or m is extra}
+
+
+def by_activation(spec: Spec) -> bool:
+    return spec.method in FORMS and spec.basis == "activation"
+
+
+def untie_head(model: nn.Module) -> None:
+    """Give an output head that is tied to the embedding its own copy of the weight."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone())
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def shapes_of(modules: Mapping[str, nn.Module]) -> list[tuple[int, int]]:
+    """(d_out, d_in) of every module."""
+    return [(rows, columns) for rows, columns in (matrix(m).shape for m in modules.values())]
+
+
+# ------------------------------------------------------------------------------------------------------------- equip
+
+
+def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
+    """Make ready in `model`, a freshly loaded transformers causal language model, what `spec` trains.
+
+    batches: model inputs, input_ids (b, t), for bases and allocations that are made from data. With `last2+head` a tied
+    head first gets its own copy of the embedding's weight, so that the embedding stays as it is. A tied head shares the
+    adapter of its embedding, for LoRA as for ours. Randomness comes from `spec.seed`. Raises CTError for what the
+    method cannot do.
+    """
+    if spec.method not in FORMS and (spec.dropout or spec.schedule or spec.allocation != "uniform"):
+        raise CTError(f"{spec.method} has no dropout, schedule or allocation of K; only {', '.join(FORMS)} have.")
+    if spec.method in (*FORMS, *LORAS, "vera") and spec.k < 1:
+        raise CTError(f"{spec.method} needs k of at least 1 and has k={spec.k}.")
+    batches = list(batches)
+    base, buffers = frozenset(model.parameters()), buffer_bytes(model)
+    if spec.targets == "last2+head" and spec.method != "norms":
+        untie_head(model)
+    modules = targets(model, spec)
+    names, shapes = list(modules), shapes_of(modules)
+    if spec.method in ("full", "norms"):
+        model.requires_grad_(False)
+        for p in model.parameters():
+            p.requires_grad_(spec.method == "norms" and p.ndim == 1)
+        for module in modules.values():
+            module.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
+        return Equipped(model, spec, names, shapes, base, buffers)
+
+    if spec.method in FORMS:
+        config: Any = ct_config(model, spec, modules, batches)
+    elif spec.method == "lora-xs":
+        config = CTConfig(k=spec.k, form="core", target_modules=names, task_type="CAUSAL_LM")
+    else:
+        config = peft_config(model, spec, modules)
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        torch.manual_seed(spec.seed)
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # see share_with_head
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it right for each module
+        wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    if spec.method == "lora-xs":
+        fold_singular_values(wrapped)
+    if spec.method in ("lora", "lora-fa"):
+        share_with_head(model)
+    if spec.method == "lora-fa":
+        for name, p in wrapped.named_parameters():
+            if ".lora_A." in name or ".lora_embedding_B." in name:
+                p.requires_grad_(False)
+    return Equipped(wrapped, spec, names, shapes, base, buffers)
+
+
+def ct_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module], batches: Batches) -> CTConfig:
+    """The adapter that `spec` describes, calibrated where its directions come from data."""
+    k: int | dict[str, int] = spec.k
+    if spec.allocation == "effective_rank":
+        if spec.schedule:
+            raise CTError("allocation='effective_rank' gives every matrix its own K; it cannot follow a schedule.")
+        k = {re.escape(n): own for n, own in by_effective_rank(model, spec.k, modules, batches).items()}
+    config = CTConfig(
+        k=k,
+        form=spec.method,  # type: ignore[arg-type]
+        basis=spec.basis,
+        weight_from=spec.weight_from,
+        universal_mode=spec.universal_mode,
+        target_modules=list(modules),
+        seed=spec.seed,
+        amplitude_dropout=spec.dropout,
+        task_type="CAUSAL_LM",
+    )
+    return config if spec.basis in RECOMPUTABLE else calibrate(model, config, batches)
+
+
+def peft_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module]) -> Any:
+    """peft's own config of a baseline."""
+    common: Any = {"target_modules": list(modules), "task_type": "CAUSAL_LM"}
+    common["fan_in_fan_out"] = any(isinstance(m, Conv1D) for m in modules.values())
+    if spec.method in ("lora", "lora-fa"):
+        return LoraConfig(r=spec.k, lora_alpha=spec.k, **common)
+    if spec.method == "vera":
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Specified to not save vera_A and vera_B")
+            return VeraConfig(r=spec.k, projection_prng_key=spec.seed, save_projection=False, **common)
+    kind = str(model.config.model_type)  # type: ignore[union-attr]
+    if kind not in FEEDFORWARD:
+        raise CTError(f"peft names no feed-forward matrix of {kind} models for IA3; add it to arms.FEEDFORWARD.")
+    inner = [n for n in modules if n.endswith(tuple(FEEDFORWARD[kind]))]
+    return IA3Config(feedforward_modules=inner, **common)
+
+
+def fold_singular_values(wrapped: nn.Module) -> None:
+    """U_K becomes U_K S_K in every layer of a `core` adapter on the weight basis: that is LoRA-XS."""
+    for _, layer in adapted(wrapped, "default"):
+        basis = layer.ready("default")
+        assert basis.u is not None and basis.vh is not None
+        basis.u = basis.u * torch.einsum("ok,oi,ki->k", basis.u, matrix(layer.get_base_layer()).float(), basis.vh)
+
+
+def share_with_head(model: nn.Module) -> None:
+    """Let a tied head use the LoRA of its embedding.
+
+    peft ties only modules of certain names, and as two parameters of one storage, which Adam would step twice.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(embedding, LoraEmbedding) or embedding.get_base_layer().weight is not head.weight:
+        return
+
+    def add(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        a, b = embedding.lora_embedding_A["default"], embedding.lora_embedding_B["default"]
+        return out + (args[0].to(b.dtype) @ b @ a * embedding.scaling["default"]).to(out.dtype)
+
+    head.register_forward_hook(add)
+
+
+# --------------------------------------------------------------------------------------------------------- how much K
+
+
+def by_effective_rank(model: nn.Module, k: int, modules: Mapping[str, nn.Module], batches: Batches) -> dict[str, int]:
+    """K per matrix in proportion to the effective rank of its mean gradient, at the total of `k` each (paper 84)."""
+    gradients = mean_gradients(model, dict(modules), batches)
+    ranks = [effective_rank(singular_values(g)) for g in gradients.values()]
+    limits = [min(shape) for shape in shapes_of(modules)]
+    return dict(zip(gradients, allocate(ranks, k * len(ranks), limits), strict=True))
+
+
+def allocate(weights: Sequence[float], total: int, limits: Sequence[int]) -> list[int]:
+    """Whole numbers that sum to `total`, in proportion to `weights`, each at least 1 and at most its limit.
+
+    What is left after rounding down goes to the largest remainders. Raises CTError where the bounds leave no room.
+    """
+    if not len(limits) <= total <= sum(limits):
+        raise CTError(
+            f"{total} directions do not fit {len(limits)} matrices that take 1 to {max(limits)} each; change k."
+        )
+
+    def shares(scale: float) -> list[float]:
+        return [min(max(scale * w, 1.0), limit) for w, limit in zip(weights, limits, strict=True)]
+
+    low, high = 0.0, max(limit / w for w, limit in zip(weights, limits, strict=True))
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
+    exact = shares(high)
+    whole = [int(share) for share in exact]
+    largest = sorted(range(len(whole)), key=lambda i: whole[i] - exact[i])
+    for i in largest[: total - sum(whole)]:
+        whole[i] += 1
+    return whole

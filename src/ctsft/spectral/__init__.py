@@ -1,0 +1,1 @@
+"""Spectra and bases: which directions a matrix has, and where an adapter's directions come from."""

@@ -1,0 +1,1 @@
+"""One fine-tuning run: recipe, training, measuring, record and report."""

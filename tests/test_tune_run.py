@@ -1,0 +1,626 @@
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from rich.console import Console
+from safetensors.torch import load_file
+
+import tiny
+from ctsft.adapter import store
+from ctsft.data.rows import format_rows, load_corpus
+from ctsft.errors import CTError
+from ctsft.files import read_json, versions, write_json
+from ctsft.tune import run as train
+from ctsft.tune.recipe import auto_lr, make_recipe
+from ctsft.tune.run import Stopped, collate, generate, heldout_loss, last_checkpoint, peak_lr, summed_loss, tune
+from helpers import SHAPES, adapt, ids, owners, randomise
+from helpers import tiny as tiny_model
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.save_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.save_rows(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def recipe(model, data):
+    small = {"k": 4, "steps": STEPS, "batch_size": 4, "heldout": 8, "eval_rows": 8, "max_length": 64}
+    show = {"samples": 2, "max_new_tokens": 4, "calibration_rows": 4}
+    return lambda **changes: make_recipe({"model": model, "data": data} | small | show | changes)
+
+
+def quiet(recipe, out, **options):
+    return tune(recipe, out, console=Console(file=io.StringIO()), **options)
+
+
+def numbers(out):
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def curve(run):
+    return [(e["step"], e["loss"], e["learning_rate"], e["tokens"]) for e in run["curve"]]
+
+
+def assert_same_run(out, run, unbroken, expected):
+    """Same trained numbers, bit for bit, same losses on the way, same measures; nothing left of the interruption."""
+    found, wanted = numbers(out), numbers(unbroken)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[n], wanted[n]) for n in found)
+    assert curve(run) == curve(expected)
+    for part in ("before", "after", "samples", "spectra", "fingerprint"):
+        assert run[part] == expected[part], part
+    assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == FILES
+
+
+FILES = {"adapter", "recipe.json", "report.html", "run.json"}
+
+
+# ---- measuring
+
+
+def test_collate_pads_on_the_left():
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = collate([*rows, {"input_ids": [1, 2], "labels": [1, 2]}], pad_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8], [9, 1, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 1]]
+    # nothing predicts the first token of a row, least of all the padding before it
+    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100], [-100, -100, 2]]
+
+
+def rows_of(lengths, completion=None):
+    """Random rows; labels on the last `completion` tokens, or on all."""
+    made = []
+    for i, n in enumerate(lengths):
+        tokens = ids(1, n, seed=i)[0].tolist()
+        skip = 0 if completion is None else n - completion
+        made.append({"input_ids": tokens, "labels": [-100] * skip + tokens[skip:]})
+    return made
+
+
+def slow_loss(model, rows):
+    """One row at a time, without padding, one token at a time."""
+    total, count = 0.0, 0
+    for row in rows:
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().softmax(-1)
+        for i in range(1, len(row["input_ids"])):
+            if row["labels"][i] != -100:
+                total, count = total - math.log(p[i - 1, row["labels"][i]]), count + 1
+    return total, count
+
+
+@pytest.mark.parametrize("completion", [None, 3])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_is_that_of_every_token_alone(shape, completion):
+    rows = rows_of([9, 4, 12, 5, 7], completion)
+    for model in (tiny_model(shape), randomise(adapt(tiny_model(shape)))):
+        total, count = slow_loss(model, rows)
+        with torch.no_grad():
+            loss, tokens = summed_loss(model, collate(rows, pad_id=0))
+        assert int(tokens) == count == (32 if completion is None else 15)
+        assert float(loss) == pytest.approx(total, rel=1e-5)
+        assert heldout_loss(model, rows, 0, batch_size=2) == (pytest.approx(total / count, rel=1e-5), count)
+
+
+def test_right_padding_and_all_logits_give_the_same_loss():
+    model, rows = tiny_model("llama"), rows_of([9, 4, 12], completion=2)
+    ids_, labels = torch.zeros(3, 12, dtype=torch.long), torch.full((3, 12), -100)
+    mask = torch.zeros(3, 12, dtype=torch.long)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        ids_[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
+    with torch.no_grad():
+        mean = model(input_ids=ids_, attention_mask=mask, labels=labels).loss
+    assert heldout_loss(model, rows, 0)[0] == pytest.approx(float(mean), rel=1e-5)
+
+
+def test_loss_that_is_not_finite_is_an_error():
+    model = tiny_model("llama")
+    model.model.norm.weight.data[:] = math.nan
+    with pytest.raises(CTError, match="held-out loss is nan"):
+        heldout_loss(model, rows_of([5]), 0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_generate_equals_one_prompt_alone_token_by_token(shape):
+    model, tokenizer = tiny_model(shape, vocab_size=258, eos_token_id=1), tiny.byte_tokenizer()
+    prompts = [tokenizer(text)["input_ids"] for text in ("abc", "a", "hello you")]
+    wanted = []
+    for prompt in prompts:
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 6 and (len(tokens) == len(prompt) or tokens[-1] != 1):
+            with torch.no_grad():
+                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+        wanted.append(tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True).strip())
+    assert generate(model, tokenizer, prompts, 6, batch_size=2) == wanted
+    assert len(set(wanted)) > 1
+
+
+def test_generate_where_the_context_has_no_room():
+    model, tokenizer = tiny_model("gpt2", vocab_size=258), tiny.byte_tokenizer()  # 20 positions
+    prompts = [tokenizer(letters)["input_ids"] for letters in ("a" * 18, "a" * 30, "a", "a" * 20)]
+    texts = generate(model, tokenizer, prompts, 5, batch_size=1)
+    assert texts[1] == texts[3] == ""
+    assert texts[0] == generate(model, tokenizer, prompts[:1], 2)[0]
+    assert texts[2] == generate(model, tokenizer, prompts[2:3], 5)[0]
+
+
+# ---- a whole run
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, tmp_path_factory):
+    """A finished run that nothing has disturbed, and its record."""
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    return out, quiet(recipe(), out)
+
+
+def test_a_run_leaves_its_files(unbroken, recipe):
+    out, run = unbroken
+    assert {p.name for p in out.iterdir()} == FILES
+    assert read_json(out / "run.json") == json.loads(json.dumps(run))
+    assert read_json(out / "recipe.json") == recipe().model_dump()
+    assert run["name"] in (out / "report.html").read_text()
+
+
+def test_record_has_just_these_fields(unbroken, model):
+    _, run = unbroken
+    assert list(run) == [
+        *("format", "name", "created", "recipe", "versions", "machine", "model", "data", "fingerprint", "costs"),
+        *("before", "after", "curve", "spectra", "samples", "steps", "resumed"),
+    ]
+    assert run["name"] == "llama on rows.jsonl, diagonal K=4, weight basis"
+    assert run["format"] == 1 and run["steps"] == STEPS and run["resumed"] is False
+    assert run["versions"] == versions()
+    assert set(run["machine"]) == {"platform", "cpu", "threads", "device"}
+    assert run["model"] == {"name": "llama", "parameters": 34_080, "dtype": "float32", "note": ""}
+    assert run["data"] == {
+        "name": "rows.jsonl",
+        "kind": "prompt_completion",
+        "train_rows": 32,
+        "heldout_rows": 8,
+        "truncated": 0,
+        "dropped": 0,
+        "notes": run["data"]["notes"],
+    }
+    assert set(run["before"]) == set(run["after"]) == {"heldout_loss", "heldout_tokens", "accuracy"}
+    assert run["before"]["accuracy"] is None
+    assert [set(e) for e in run["curve"]] == [{"step", "loss", "learning_rate", "seconds", "tokens"}] * STEPS
+    assert [e["step"] for e in run["curve"]] == list(range(1, STEPS + 1))
+    assert all(a["tokens"] < b["tokens"] and a["seconds"] < b["seconds"] for a, b in itertools.pairwise(run["curve"]))
+    row = {"name", "shape", "k", "effective_rank", "stable_rank", "energy_top_k", "largest"}
+    assert all(set(r) == row | {"coefficient_norm", "delta_over_weight"} for r in run["spectra"])
+    assert len(run["spectra"]) == 14 and all(r["k"] == 4 for r in run["spectra"])
+    sample = {"prompt", "reference", "before", "after", "before_ok", "after_ok"}
+    assert [set(s) for s in run["samples"]] == [sample] * 2
+    assert {s["reference"] for s in run["samples"]} == {" aaaa"}
+
+
+def test_costs_are_those_of_the_real_things(unbroken, recipe, tmp_path, monkeypatch):
+    out, run = unbroken
+    folder = out / "adapter"
+    written = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    assert run["costs"]["adapter_bytes"] == sum(p.stat().st_size for p in written)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True)
+    assert run["costs"]["trainable"] == sum(p.numel() for p in loaded.parameters() if p.requires_grad) == 14 * 4
+    assert run["costs"]["trainable"] == numbers(out)["ctsft.coefficients"].numel()
+    assert run["costs"]["seconds"] == run["curve"][-1]["seconds"]
+    # float32: both sides of 14 bases; the numbers, their gradients, Adam's two moments and its step
+    sides = {(32, 32): 8, (48, 32): 4, (32, 48): 2}
+    bases = 4 * 4 * sum((a + b) * n for (a, b), n in sides.items())
+    assert run["costs"]["extra_memory_bytes"] == bases + 4 * (4 * 56 + 14)
+    assert run["fingerprint"] == read_json(folder / "adapter_config.json")["fingerprint"]
+
+
+def test_the_file_takes_two_bytes_a_number_and_is_what_was_scored(unbroken, recipe, tmp_path):
+    exact = quiet(recipe(save_dtype="float32"), tmp_path / "exact")
+    out, run = unbroken
+    size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert size <= 2 * run["costs"]["trainable"] + 2048
+    rounded, full = (numbers(o)["ctsft.coefficients"] for o in (out, tmp_path / "exact"))
+    assert (rounded.dtype, full.dtype) == (torch.float16, torch.float32)
+    assert torch.equal(rounded, full.half()) and not torch.equal(rounded.float(), full)
+    norms = [sum(r["coefficient_norm"] ** 2 for r in x["spectra"]) for x in (run, exact)]
+    assert norms[0] == pytest.approx(float(rounded.double().square().sum()), rel=1e-6)
+    assert norms[1] == pytest.approx(float(full.double().square().sum()), rel=1e-6)
+
+
+def test_a_shared_basis_costs_memory_once(recipe, tmp_path):
+    run = quiet(recipe(form="scores", basis="universal", steps=1), tmp_path / "run")
+    trained = 4 * (8 * 32 + 4 * 48 + 2 * 48)
+    assert run["costs"]["trainable"] == trained
+    assert run["costs"]["extra_memory_bytes"] == 4 * 4 * 32 + 4 * (4 * trained + 14)
+
+
+def test_loss_and_spectra_tell_what_the_adapter_does(unbroken, data):
+    out, run = unbroken
+    loaded = AutoPeftModelForCausalLM.from_pretrained(out / "adapter").eval()
+    tokenizer = tiny.byte_tokenizer()
+    held = load_corpus(data, seed=0, heldout=8).heldout
+    rows = list(format_rows(held, tokenizer, "prompt_completion", 64)[0])
+    total, count = slow_loss(loaded, rows)
+    assert count == run["after"]["heldout_tokens"] == 8 * 6  # " aaaa" and the end of text
+    assert run["after"]["heldout_loss"] == pytest.approx(total / count, rel=1e-5)
+    with loaded.disable_adapter():
+        assert run["before"]["heldout_loss"] == pytest.approx(slow_loss(loaded, rows)[0] / count, rel=1e-5)
+    for row in run["spectra"]:
+        layer = loaded.get_base_model().get_submodule(row["name"])
+        w, delta = layer.base_layer.weight.detach(), layer.get_delta_weight("default").detach()
+        assert row["shape"] == list(w.shape)
+        assert row["delta_over_weight"] == pytest.approx(float(delta.norm() / w.norm()), rel=1e-4)
+        assert row["coefficient_norm"] == pytest.approx(float(delta.norm()), rel=1e-4)  # the directions are orthonormal
+
+
+def test_the_training_loss_is_that_of_completions_only(recipe, data, unbroken, tmp_path):
+    run = quiet(recipe(batch_size=32, steps=1), tmp_path / "run")
+    base = AutoPeftModelForCausalLM.from_pretrained(unbroken[0] / "adapter").unload().eval()
+    rows = format_rows(load_corpus(data, seed=0, heldout=8).train, tiny.byte_tokenizer(), "prompt_completion", 64)[0]
+    total, count = slow_loss(base, list(rows))
+    assert count == 32 * 6
+    assert run["curve"][0]["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert run["after"]["heldout_loss"] < run["before"]["heldout_loss"]  # the only step is not lost on warm-up
+
+
+def test_what_is_easy_is_learnt(recipe, tmp_path):
+    run = quiet(recipe(form="core", k=16, steps=40, lr=0.05, batch_size=8), tmp_path / "run")
+    assert run["before"]["heldout_loss"] > 5
+    assert run["after"]["heldout_loss"] < 0.5
+    assert [s["after"] for s in run["samples"]] == ["aaa"] * 2  # a blank and three letters are 4 tokens
+
+
+def test_sql_is_scored_by_running_it(recipe, model, tmp_path):
+    wide = tiny.save_model(tmp_path / "wide", context=1024)
+    small = {"heldout": 6, "eval_rows": 4, "limit": 8, "steps": 2, "max_length": 1024, "max_new_tokens": 3}
+    run = quiet(recipe(model=wide, data="sql", **small), tmp_path / "run")
+    for when in ("before", "after"):
+        accuracy = run[when]["accuracy"]
+        assert (accuracy["correct"], accuracy["total"]) == (0, 4)
+        assert (accuracy["low"], accuracy["high"]) == pytest.approx((0, 0.49), abs=0.01)
+        assert sum(total for _, total in accuracy["by_kind"].values()) == 4
+    assert [(s["before_ok"], s["after_ok"]) for s in run["samples"]] == [(False, False)] * 2
+    assert all("SELECT" in s["reference"] for s in run["samples"])
+
+
+def test_right_sql_counts(recipe, unbroken, monkeypatch):
+    corpus = load_corpus("sql", seed=0, heldout=6, limit=2)
+    answers = [e.completion for e in corpus.examples]
+    monkeypatch.setattr(
+        train, "generate", lambda *_: [answers[0], f"```sql\n{answers[1]}\n```", "SELECT 1, 2, 3, 4", ""]
+    )
+    monkeypatch.setattr(train, "heldout_loss", lambda *_: (1.0, 2))
+    found = train.measure(tiny_model(), tiny.byte_tokenizer(), corpus, [], recipe(eval_rows=4))
+    assert found["ok"] == [True, True, False, False]
+    assert (found["accuracy"]["correct"], found["accuracy"]["total"]) == (2, 4)
+    assert found["texts"][1] == answers[1]
+
+
+def test_photonic_on_plain_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join("the quick brown fox " * 20 for _ in range(20)))
+    few = {"k": 8, "steps": 1, "batch_size": 2, "heldout": 1, "eval_rows": 1, "samples": 1, "max_new_tokens": 2}
+    chosen = make_recipe({"model": "photonic", "data": str(tmp_path / "a.txt"), "max_length": 32} | few)
+    run = quiet(chosen, tmp_path / "run")
+    assert "laboratory model" in run["model"]["note"]
+    assert run["data"]["kind"] == "text"
+    assert run["after"]["heldout_loss"] < run["before"]["heldout_loss"]
+
+
+# ---- stopped, killed and resumed
+
+
+def at_step(monkeypatch, step, action):
+    """Do `action` at the end of step `step`."""
+    original = train.Watch.on_step_end
+
+    def on_step_end(self, args, state, control, **rest):
+        if state.global_step == step:
+            action()
+        return original(self, args, state, control, **rest)
+
+    monkeypatch.setattr(train.Watch, "on_step_end", on_step_end)
+
+
+@pytest.fixture
+def plain_report(monkeypatch):
+    """The plots take longer than the training."""
+    monkeypatch.setattr(train, "write_report", lambda run, path: path.write_text(run["name"]))
+
+
+def die(*_, **__):
+    raise SystemExit("killed")
+
+
+SETTINGS = {
+    "dropout": {"amplitude_dropout": 0.3},
+    "random": {"basis": "random"},
+    "gradient": {"basis": "gradient", "form": "core"},
+    "universal": {"basis": "universal"},
+    "scores": {"basis": "universal", "form": "scores"},
+    "replace": {"basis": "universal", "form": "scores", "universal_mode": "replace", "amplitude_dropout": 0.2},
+    "epochs": {"limit": 10, "steps": 8},  # the data is seen more than once
+}
+
+
+@pytest.mark.usefixtures("plain_report")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_ctrl_c_then_resume_is_as_if_nothing_had_happened(name, recipe, tmp_path, monkeypatch):
+    chosen = recipe(**SETTINGS[name])
+    expected = quiet(chosen, tmp_path / "unbroken")
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped, match="stopped after step 3"):
+            quiet(chosen, tmp_path / "run")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    assert last_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-3"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, lambda: signal.raise_signal(signal.SIGTERM))
+        with pytest.raises(Stopped, match="stopped after step 5"):
+            quiet(chosen, tmp_path / "run", resume=True)
+    run = quiet(chosen, tmp_path / "run", resume=True)
+    assert run["resumed"]
+    assert_same_run(tmp_path / "run", run, tmp_path / "unbroken", expected)
+
+
+@pytest.mark.usefixtures("plain_report")
+@pytest.mark.parametrize("last", ["SIGINT at the last step", "second SIGINT"])
+def test_ctrl_c_at_odd_moments(last, unbroken, recipe, tmp_path, monkeypatch):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        if last == "second SIGINT":
+            at_step(patch, 3, twice)
+        else:
+            at_step(patch, STEPS, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            quiet(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert_same_run(tmp_path / "run", quiet(recipe(), tmp_path / "run", resume=True), *unbroken)
+
+
+def kill_while_measuring(patch, time):
+    original, calls = train.measure, []
+
+    def measure(*args):
+        calls.append(args)
+        return die() if len(calls) == time else original(*args)
+
+    patch.setattr(train, "measure", measure)
+
+
+def kill_while_writing(patch, name):
+    original = train.write_json
+    patch.setattr(train, "write_json", lambda path, value: die() if path.name == name else original(path, value))
+
+
+def kill_in_a_checkpoint(patch):
+    """Between the writing of a checkpoint's files and that of its mark."""
+    original = train.inventory
+    patch.setattr(train, "inventory", lambda folder: die() if folder.name == "checkpoint-4" else original(folder))
+
+
+MOMENTS = {
+    "measuring before": lambda patch: kill_while_measuring(patch, 1),
+    "writing before.json": lambda patch: kill_while_writing(patch, "before.json"),
+    "starting to train": lambda patch: patch.setattr(train, "fit", die),
+    "first step": lambda patch: at_step(patch, 1, die),
+    "later step": lambda patch: at_step(patch, 5, die),
+    "writing a checkpoint": kill_in_a_checkpoint,
+    "last step": lambda patch: at_step(patch, STEPS, die),
+    "training done": lambda patch: patch.setattr(train, "extra_memory", die),
+    "writing the adapter": lambda patch: patch.setattr(store, "replace_folder", die),
+    "measuring after": lambda patch: kill_while_measuring(patch, 2),
+    "writing the report": lambda patch: patch.setattr(train, "write_report", die),
+    "writing run.json": lambda patch: kill_while_writing(patch, "run.json"),
+}
+
+
+@pytest.mark.usefixtures("plain_report")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_then_resumed(moment, unbroken, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    with monkeypatch.context() as patch:
+        MOMENTS[moment](patch)
+        with pytest.raises(SystemExit, match="killed"):
+            quiet(recipe(), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.json").exists()
+    run = quiet(recipe(), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "run", run, *unbroken)
+
+
+def test_killed_after_run_json_is_finished(unbroken, recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        original = shutil.rmtree
+        patch.setattr(
+            shutil,
+            "rmtree",
+            lambda path, *a, **k: die() if str(path).endswith("checkpoints") else original(path, *a, **k),
+        )
+        with pytest.raises(SystemExit):
+            quiet(recipe(), tmp_path / "run")
+    assert read_json(tmp_path / "run" / "run.json")["after"] == unbroken[1]["after"]
+    with pytest.raises(CTError, match="is finished"):
+        quiet(recipe(), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unmarked"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_damaged_checkpoints_do_not_count(damage, name, tmp_path):
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / name).write_bytes(b"x" * 50)
+        train.write_text(folder / train.COMPLETE, train.inventory(folder))
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    if damage == "truncated":
+        os.truncate(tmp_path / "checkpoint-10" / name, 20)
+    else:
+        (tmp_path / "checkpoint-10" / (name if damage == "missing" else train.COMPLETE)).unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-9"
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_no_checkpoints(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_resume_uses_the_checkpoint(recipe, tmp_path, monkeypatch):
+    """The steps before it are not trained again, and the model as it was is not measured again."""
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            quiet(recipe(), tmp_path / "run")
+    steps = []
+    original = train.Tuner.compute_loss
+    monkeypatch.setattr(train.Tuner, "compute_loss", lambda *a, **k: (steps.append(1), original(*a, **k))[1])
+    measured = []
+    measure = train.measure
+    monkeypatch.setattr(train, "measure", lambda *a: (measured.append(len(steps)), measure(*a))[1])
+    quiet(recipe(), tmp_path / "run", resume=True)
+    assert len(steps) == STEPS - 4
+    assert measured == [STEPS - 4]
+
+
+# ---- the folder
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def stopped(recipe, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            quiet(recipe(), tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_refusals_name_the_way_out_and_touch_nothing(stopped, unbroken, recipe, tmp_path):
+    foreign = tmp_path / "foreign"
+    (foreign / "checkpoints").mkdir(parents=True)
+    (foreign / "recipe.json").write_text('{"pie": "apple"}')
+    (foreign / "checkpoints" / "mine").write_text("precious")
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "thesis.txt").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    before = contents(tmp_path)
+    for out, options, changes, words in [
+        (stopped, {"resume": True}, {"steps": 9, "lr": 0.5}, r"other steps, lr; resume it without"),
+        (stopped, {}, {}, r"unfinished; continue it with --resume, replace it with --overwrite"),
+        (unbroken[0], {}, {}, r"finished; replace it with --overwrite"),
+        (unbroken[0], {"resume": True}, {}, r"is finished; its report is .*report\.html"),
+        (tmp_path / "nowhere", {"resume": True}, {}, r"no run to resume; start one without"),
+        (tmp_path / "papers", {"resume": True}, {}, r"no run to resume"),
+        (tmp_path / "papers", {}, {}, r"is no run of ctsft"),
+        (tmp_path / "papers", {"overwrite": True}, {}, r"is no run of ctsft"),
+        (tmp_path / "file", {"overwrite": True}, {}, r"is no run of ctsft"),
+        (foreign, {"overwrite": True}, {}, r"recipe\.json is not from this ctsft"),
+        (foreign, {"resume": True}, {}, r"recipe\.json is not from this ctsft"),
+    ]:
+        with pytest.raises(CTError, match=words):
+            quiet(recipe(**changes), out, **options)
+    assert contents(tmp_path) == before
+
+
+MISTAKES = {
+    "model": ({"model": "gpt-9"}, "no model 'gpt-9'"),
+    "data": ({"data": "sqll"}, "did you mean 'sql'"),
+    "k": ({"k": 33}, "more than the 32 directions"),
+    "k pattern": ({"k": {"q_proj": 4}}, "no pattern of k"),
+    "target": ({"target_modules": ["quark"]}, "match nothing in LlamaForCausalLM"),
+    "combination": ({"universal_mode": "replace"}, "needs basis='universal'"),
+    "weight_from": ({"weight_from": "bottom", "basis": "random"}, "needs basis='weight'"),
+    "context": ({"max_length": 2}, "give a larger max_length"),
+    "heldout": ({"heldout": 40}, "none is left to train on"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_shows_before_anything_is_written_or_lost(name, stopped, recipe, tmp_path):
+    changes, words = MISTAKES[name]
+    before = contents(tmp_path)
+    with pytest.raises(CTError, match=words):
+        quiet(recipe(**changes), tmp_path / "new")
+    with pytest.raises(CTError, match=words):
+        quiet(recipe(**changes), stopped, overwrite=True)
+    assert contents(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+def test_overwrite_removes_the_old_run_and_nothing_else(stopped, unbroken, recipe):
+    (stopped / "notes.txt").write_text("mine")
+    (stopped / "adapter-lora").mkdir()
+    (stopped / "adapter-lora" / "x").write_text("mine")
+    run = quiet(recipe(), stopped, overwrite=True)
+    assert contents(stopped).keys() >= {"notes.txt", "adapter-lora/x"}
+    shutil.rmtree(stopped / "adapter-lora")
+    (stopped / "notes.txt").unlink()
+    assert_same_run(stopped, run, *unbroken)
+
+
+def test_overwrite_killed_half_way_leaves_a_run_that_can_be_resumed(stopped, unbroken, recipe, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_json", die)  # the last thing: the new recipe
+        with pytest.raises(SystemExit):
+            quiet(recipe(seed=7), stopped, overwrite=True)
+    assert_same_run(stopped, quiet(recipe(), stopped, resume=True), *unbroken)
+
+
+def test_a_kill_while_the_folder_was_made_blocks_nothing(recipe, tmp_path):
+    (tmp_path / ".recipe.json-123").write_text("{")
+    train.check_folder(recipe(), tmp_path, resume=False, overwrite=False)
+
+
+def test_a_rate_that_is_too_high_is_one_sentence(recipe, tmp_path):
+    with pytest.raises(CTError, match="smaller lr"):
+        quiet(recipe(lr=1e30), tmp_path / "run")
+
+
+def test_unknown_fields_of_an_older_record_are_named(recipe, tmp_path):
+    write_json(tmp_path / "recipe.json", recipe().model_dump() | {"colour": "red"})
+    with pytest.raises(CTError, match="colour='red'"):
+        train.check_folder(recipe(), tmp_path, resume=True, overwrite=False)
+
+
+# ---- what the run says
+
+
+def test_messages(model, recipe, tmp_path):
+    (tmp_path / "[b].jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i} " * 30, "completion": "b" * 99}) + "\n" for i in range(12))
+    )
+    heard = io.StringIO()
+    chosen = recipe(data=str(tmp_path / "[b].jsonl"), heldout=2, steps=1, eval_rows=2, max_length=100)
+    run = tune(chosen, tmp_path / "run", console=Console(file=heard, width=200))
+    text = heard.getvalue()
+    assert "10 training rows were cut to 100 tokens and 0 dropped as too long" in text
+    assert (run["data"]["truncated"], run["data"]["dropped"]) == (10, 0)
+    assert f"before: held-out loss {run['before']['heldout_loss']:.3f} nats per token" in text
+    assert f"after: held-out loss {run['after']['heldout_loss']:.3f} nats per token" in text
+    assert "training 56 numbers of 34,080" in text
+
+
+def test_the_automatic_rate_is_on_the_scale_of_the_adapted_weights():
+    model = adapt(tiny_model("llama"))
+    values = [torch.linalg.svdvals(m.base_layer.weight.detach()) for m in owners(model).values()]
+    scale = statistics.median(float(s.square().mean().sqrt()) for s in values)
+    assert peak_lr(make_recipe({"k": 4}), model) == auto_lr("diagonal", 4, scale)
+    assert peak_lr(make_recipe({"k": 4, "lr": 0.5}), model) == 0.5
