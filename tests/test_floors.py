@@ -12,7 +12,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "data": ["sql", "rows"],
     "models": ["photonic", "load"],
     "spectral": ["decompose", "weights", "basis", "universal", "cache"],
-    "adapter": ["config", "fused", "layer", "store", "model", "calibrate", "export"],
+    "adapter": ["config", "fused", "layer", "store", "rate", "model", "calibrate", "export"],
     "probe": [],
     "tune": ["recipe", "inspect", "report", "run"],
     "lab": [

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.tune.recipe import Recipe, auto_lr, make_recipe, read_recipe
+from ctsft.tune.recipe import Recipe, make_recipe, read_recipe
 
 
 def test_defaults_are_a_recipe_and_survive_json():
@@ -62,28 +62,6 @@ def test_values_within_their_limits(right):
 def test_a_recipe_does_not_change():
     with pytest.raises(ValueError, match="frozen"):
         make_recipe({}).k = 3
-
-
-@pytest.mark.parametrize(
-    ("form", "k", "scale", "lr"),
-    [
-        ("diagonal", 64, 5.737, 0.4),  # SmolLM2-135M
-        ("diagonal", 64, 0.691, 0.048),  # a 15M model of width 288
-        ("diagonal", 256, 1.0, 0.035),
-        ("diagonal", 16, 1.0, 0.14),
-        ("diagonal", 1, 1.0, 0.14),
-        ("core", 64, 1.0, 0.004),
-        ("core", 16, 1.0, 0.008),
-        ("scores", 64, 2.0, 0.003),
-    ],
-)
-def test_auto_lr(form, k, scale, lr):
-    assert auto_lr(form, k, scale) == pytest.approx(lr)
-
-
-def test_largest_k():
-    assert Recipe(k={"q_proj": 16, ".*": 64}).largest_k == 64
-    assert Recipe(k=16).largest_k == 16
 
 
 def test_title():

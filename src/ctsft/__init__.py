@@ -16,16 +16,27 @@ if TYPE_CHECKING:
     from ctsft.adapter.config import CTConfig
     from ctsft.adapter.export import export_adapter
     from ctsft.adapter.model import resize
+    from ctsft.adapter.rate import learning_rate
     from ctsft.adapter.store import save_adapter
     from ctsft.spectral.universal import universal_basis
 
-__all__ = ["CTConfig", "CTError", "calibrate", "export_adapter", "resize", "save_adapter", "universal_basis"]
+__all__ = [
+    "CTConfig",
+    "CTError",
+    "calibrate",
+    "export_adapter",
+    "learning_rate",
+    "resize",
+    "save_adapter",
+    "universal_basis",
+]
 __version__ = "0.1.0"
 
 HOMES = {
     "CTConfig": "adapter.config",
     "calibrate": "adapter.calibrate",
     "export_adapter": "adapter.export",
+    "learning_rate": "adapter.rate",
     "resize": "adapter.model",
     "save_adapter": "adapter.store",
     "universal_basis": "spectral.universal",

@@ -10,20 +10,6 @@ from ctsft.files import read_json
 
 K = Annotated[int, Field(ge=1)]
 
-# The best peak rates of short AdamW runs with linear decay at K = 64, as shares of the model's typical singular value:
-# `diagonal` on SmolLM2-135M (LOG.md), the others on a 15M model. An amplitude adds to a singular value, so it moves on
-# the scale of those; the more numbers share the work, the smaller the rate.
-LR_SHARE = {"diagonal": 0.07, "core": 0.004, "scores": 0.0015}
-TUNED_K = 64
-
-
-def auto_lr(form: str, k: int, scale: float) -> float:
-    """The rule behind `lr = "auto"`: share(form) * `scale` * sqrt(64 / K), to two digits; K below 16 counts as 16.
-
-    `scale` is the median over the adapted matrices of |W|_F / sqrt(min(d_out, d_in)), the rms singular value.
-    """
-    return float(f"{LR_SHARE[form] * scale * (TUNED_K / max(k, 16)) ** 0.5:.2g}")
-
 
 class Recipe(BaseModel):
     """What `ctsft tune` does. Unknown fields are refused; a finished run carries its recipe in run.json."""
@@ -70,11 +56,6 @@ class Recipe(BaseModel):
         if heldout >= 1 and not heldout.is_integer():
             raise ValueError("give a share below 1 or a whole number of rows")
         return heldout
-
-    @property
-    def largest_k(self) -> int:
-        """K, or the largest of a mapping."""
-        return self.k if isinstance(self.k, int) else max(self.k.values())
 
     @property
     def title(self) -> str:

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from itertools import zip_longest
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import datasets
@@ -30,15 +29,16 @@ from trl import SFTConfig, SFTTrainer
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import RECOMPUTABLE, CTConfig
 from ctsft.adapter.layer import CTLayer
+from ctsft.adapter.rate import learning_rate
 from ctsft.adapter.store import adapted, save_adapter
 from ctsft.data import sql
 from ctsft.data.rows import Corpus, format_rows, load_corpus, prompt_ids
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, read_json, versions, wilson, write_json, write_text
 from ctsft.models.load import load_model
-from ctsft.spectral.weights import clean_name, matrix
+from ctsft.spectral.weights import clean_name
 from ctsft.tune.inspect import spectra_of
-from ctsft.tune.recipe import Recipe, auto_lr, read_recipe
+from ctsft.tune.recipe import Recipe, read_recipe
 from ctsft.tune.report import write_report
 
 SAVE_EVERY = 20.0  # seconds between checkpoints
@@ -317,15 +317,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
-def peak_lr(recipe: Recipe, model: PeftModel) -> float:
-    """The learning rate that `recipe` gives, or the rule's for the weights that `model` adapts."""
-    if recipe.lr != "auto":
-        return recipe.lr
-    weights = (matrix(m.get_base_layer()) for _, m in adapted(model, "default"))
-    rms = median(float(w.float().norm()) / min(w.shape) ** 0.5 for w in weights)
-    return auto_lr(recipe.form, recipe.largest_k, rms)
-
-
 def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
     return SFTConfig(
         output_dir=os.fspath(folder),
@@ -505,7 +496,7 @@ def tune(
     before = read_json(before_file)
     console.print(score_line("before", before))
 
-    lr = peak_lr(recipe, adapted_model)
+    lr = learning_rate(adapted_model) if recipe.lr == "auto" else recipe.lr
     trainable = sum(p.numel() for p in adapted_model.parameters() if p.requires_grad)
     console.print(f"training {trainable:,} numbers of {parameters:,} ({trainable / parameters:.4%}), lr {lr:g}")
     trainer = fit(adapted_model, tokenizer, train_rows, recipe, lr, out / "checkpoints", console)
