@@ -1,7 +1,7 @@
 # Everything runs in .venv, which `make setup` makes; only Python 3.11 or newer with pip and venv, and make, must be there.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench docs lint format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,6 +29,10 @@ test: lint ## lint, then all tests
 bench: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
 bench: setup ## run the short benchmarks and write benchmarks/RESULTS.md; best on an idle machine
 	$(BIN)/python benchmarks/run.py
+
+docs: setup ## build the site from docs/ into build/docs; a warning is an error
+	$(BIN)/python docs/generate.py
+	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
