@@ -14,6 +14,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "spectral": ["decompose", "weights", "basis", "universal", "cache"],
     "adapter": ["config", "fused", "layer", "store", "rate", "model", "calibrate", "export"],
     "probe": [],
+    "pages": ["words", "plot", "render"],
     "tune": ["recipe", "inspect", "report", "run"],
     "lab": [
         *("schedule", "experiments", "methods", "run", "sweep", "metrics", "stats", "claims", "figures", "page"),
@@ -23,6 +24,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
     *("errors", "choices", "files", "data.sql", "tune.recipe", "tune.report", "cli.main", "cli.lab"),
+    *("pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.experiments", "lab.sweep", "lab.metrics", "lab.stats", "lab.claims", "lab.figures"),
     "lab.page",
 }

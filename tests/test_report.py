@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.tune.report import COLOURS, duration, score, size, thinned, window, words, write_report
+from ctsft.pages.plot import COLOURS
+from ctsft.tune.report import score, thinned, window, write_report
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
 
@@ -319,10 +320,7 @@ def test_needs_no_torch(run, tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
-def test_words_for_people():
-    assert [size(999), size(54321), size(61_234_567), size(2.5e12)] == ["999 bytes", "54.3 kB", "61.2 MB", "2,500.0 GB"]
-    assert [duration(7.04), duration(247.3), duration(7260)] == ["7.0 s", "4 min 7 s", "2 h 1 min"]
-    assert words({"a": [1, True], "b": None}) == "a: 1, yes, b: none" and words([]) == "none"
+def test_the_smoothed_loss_is_over_an_odd_number_of_steps():
     assert [window(n) for n in (0, 10, 30, 200)] == [1, 1, 3, 13]
 
 

@@ -204,7 +204,7 @@ def show_run(run: dict[str, Any], out: Path) -> None:
             out_console.print(f"[bold]{label:7}[/] {marks[sample[mark]] if mark else ''}", end="")
             out_console.print(printable(text), markup=False, highlight=False)
     out_console.print(table)
-    from ctsft.tune.report import duration, size
+    from ctsft.pages.words import duration, size
 
     c = run["costs"]
     out_console.print(

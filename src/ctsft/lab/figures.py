@@ -15,13 +15,14 @@ from ctsft.lab.experiments import Figure, Spec
 from ctsft.lab.metrics import MEASURES, UNREAD, Row, chosen, field_of, known, measured
 from ctsft.lab.metrics import SERIES as PROBED
 from ctsft.lab.stats import SEEDS, t_test
-from ctsft.tune.report import LIGHT, SERIES, plot, words
+from ctsft.pages.plot import LIGHT, LINE_COLOURS, plot
+from ctsft.pages.words import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-# Settings with an order (K, widths) take these, from the smallest to the largest; light and dark as in report.COLOURS.
+# Settings with an order (K, widths) take these, from the smallest to the largest; light and dark as in COLOURS.
 RAMP = {
     "s0": ("#b3962f", "#e0c45a"),
     "s1": ("#7f9535", "#b4cc66"),
@@ -289,11 +290,12 @@ def styles(keys: Sequence[tuple[Any, ...]]) -> list[tuple[str, str]]:
     if len(keys) > 2 and all(isinstance(part, int | float) for key in keys for part in key):
         last = len(SHADES) - 1
         return [(SHADES[round(i * last / (len(keys) - 1))], "solid") for i in range(len(keys))]
-    return [(SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]) for i in range(len(keys))]
+    many = len(LINE_COLOURS)
+    return [(LINE_COLOURS[i % many], DASHES[i // many % len(DASHES)]) for i in range(len(keys))]
 
 
 def tinted(draw: Callable[["Axes"], None], inches: tuple[float, float], name: str, label: str) -> str:
-    """`report.plot` with the ramp's colours too, and no mathematics read into labels."""
+    """`plot` with the ramp's colours too, and no mathematics read into labels."""
     import matplotlib
 
     with matplotlib.rc_context({"text.parse_math": False}):

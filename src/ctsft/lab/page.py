@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment
-
 from ctsft.files import write_text
 from ctsft.lab.experiments import Laboratory, arms, choose_rate
-from ctsft.lab.figures import GLYPHS, RAMP, SERIES, axis, check, picture, told, varying
+from ctsft.lab.figures import GLYPHS, RAMP, axis, check, picture, told, varying
 from ctsft.lab.metrics import Row, chosen, rows, table
-from ctsft.tune.report import COLOURS, STYLE, duration, number, size, words
+from ctsft.pages.plot import COLOURS, LINE_COLOURS
+from ctsft.pages.render import environment
+from ctsft.pages.words import duration, size, words
 
 if TYPE_CHECKING:
     from ctsft.lab.claims import Side, Verdict
@@ -41,15 +41,15 @@ def write_lab_report(
     `#paper=82&verdict=refuted&q=dead zone`; without scripts all are shown. Losses are in nats per token, bars and bands
     are 95% t intervals over the seeds. Raises CTError for a figure that names a metric, a field or a law wrongly.
     """
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(number=number, words=words, source=source, p=shown_p, places=places, axis=axis)
-    environment.globals.update(size=size, duration=duration)
+    jinja = environment()
+    jinja.filters.update(source=source, p=shown_p, places=places, axis=axis)
+    jinja.globals.update(size=size, duration=duration)
     sections = [section(laboratory, name, records, profile, protocol) for name in laboratory.experiments]
     counts = Counter(verdict.verdict for verdict in verdicts)
-    page = environment.from_string(TEMPLATE).render(
-        style=environment.from_string(STYLE).render(colours=COLOURS | RAMP),
+    page = jinja.from_string(TEMPLATE).render(
+        style=jinja.get_template("style.css").render(palette=COLOURS | RAMP),
         glyphs=GLYPHS,
-        colours=len(SERIES),  # with more lines than these, colours come again with another dash and marker
+        colours=len(LINE_COLOURS),  # with more lines than these, colours come again with another dash and marker
         verdicts=verdicts,
         counts=[(verdict, meaning, counts[verdict]) for verdict, meaning in VERDICTS.items()],
         papers=sorted({verdict.claim.source for verdict in verdicts}),

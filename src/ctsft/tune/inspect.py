@@ -1,6 +1,5 @@
 """Inspection: how the energy of every matrix of a model is spread over its directions, as numbers, table and plot."""
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ctsft.errors import CTError
+from ctsft.pages.words import place
 from ctsft.spectral.decompose import effective_rank, energy, one_thread, singular_values, stable_rank
 from ctsft.spectral.universal import universal_basis
 from ctsft.spectral.weights import ROWS, checked, matrices, universal_gram, universal_members, width
 
 SAMPLES = 40  # points that stand for a whole spectrum
 KINDS = 60  # rows of the printed table
-PLACE = re.compile(r"(?:.*?\.(\d+)\.)?(.+)")  # "model.layers.3.mlp.up_proj": the block's index and the kind of matrix
 
 Progress = Callable[[int, int, str], None]
 Groups = dict[tuple[str, tuple[int, int]], list[tuple[int | None, dict[str, Any]]]]
@@ -130,9 +129,8 @@ def by_kind(result: dict[str, Any]) -> Groups:
     """The matrices of an `inspect_model` result by kind and shape, each with its block (None outside the blocks)."""
     groups: Groups = {}
     for entry in result["matrices"]:
-        block, kind = PLACE.fullmatch(entry["name"]).groups()  # type: ignore[union-attr]
-        kind = re.sub(r"\.\d+\.", ".*.", kind)  # all experts together
-        groups.setdefault((kind, tuple(entry["shape"])), []).append((None if block is None else int(block), entry))
+        block, kind = place(entry["name"])
+        groups.setdefault((kind, tuple(entry["shape"])), []).append((block, entry))
     return groups
 
 

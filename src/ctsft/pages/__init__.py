@@ -1,0 +1,1 @@
+"""Pages: what every HTML page shares: its style, plots in the page's own colours, numbers in words, templates."""

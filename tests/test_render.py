@@ -1,0 +1,24 @@
+import os
+
+import pytest
+from jinja2 import UndefinedError
+
+from ctsft.pages.plot import COLOURS
+from ctsft.pages.render import environment, write_page
+
+
+def test_style_has_every_colour_in_light_and_dark():
+    style = environment().get_template("style.css").render(palette=COLOURS)
+    for name, (light, dark) in COLOURS.items():
+        assert f"--{name}: {light}; " in style and f"--{name}: {dark}; " in style
+
+
+def test_what_is_inserted_is_escaped_and_numbers_have_words():
+    page = environment().from_string("{{ text }} {{ 12345|number }} {{ 0.5|percent }} {{ none|words }} {{ 999|size }}")
+    assert page.render(text="<b>") == "&lt;b&gt; 12,345 50% none 999 bytes"
+
+
+def test_an_unfinished_page_is_not_left(tmp_path):
+    with pytest.raises(UndefinedError):
+        write_page("report.html", tmp_path / "a.html", {"run": 1, "curve": 3})
+    assert os.listdir(tmp_path) == []
