@@ -1,10 +1,12 @@
 import os
+import re
+import sys
 from importlib.metadata import version
 
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.files import PACKAGES, read_json, versions, wilson, write_json, write_text
+from ctsft.files import PACKAGES, home, read_json, read_toml, replacing, versions, wilson, write_json, write_text
 
 
 def test_json_comes_back_and_folders_are_made(tmp_path):
@@ -60,6 +62,37 @@ def test_damaged_json_is_one_sentence(tmp_path, content):
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(CTError, match=r"a\.json cannot be read as JSON"):
         read_json(tmp_path / "a.json")
+
+
+def test_toml_is_read_and_what_is_none_is_one_sentence(tmp_path):
+    (tmp_path / "a.toml").write_text('[b]\nc = "ä"\n', encoding="utf-8")
+    assert read_toml(tmp_path / "a.toml") == {"b": {"c": "ä"}}
+    (tmp_path / "a.toml").write_bytes(b"[b\xff")
+    with pytest.raises(CTError, match=r"a\.toml is no TOML: "):
+        read_toml(tmp_path / "a.toml")
+    with pytest.raises(CTError, match=r"none\.toml cannot be read \(No such file or directory\)\.$"):
+        read_toml(tmp_path / "none.toml")
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    with replacing(tmp_path / "a") as one, replacing(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_home_is_ours_then_the_systems(tmp_path, monkeypatch):
+    monkeypatch.setenv("CTSFT_CACHE", "~/here")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert home() == tmp_path / "here"
+    monkeypatch.delenv("CTSFT_CACHE")
+    if sys.platform == "linux":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert home() == tmp_path / "xdg" / "ctsft"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert home() == tmp_path / ".cache" / "ctsft"
+    else:
+        assert re.search("ctsft", str(home()))
 
 
 def test_versions_are_those_installed():

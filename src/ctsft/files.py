@@ -1,11 +1,17 @@
 """Records: what a run leaves on disk, written so that a kill leaves the old file or the new one."""
 
+import contextlib
 import json
 import os
 import platform
+import tomllib
+import uuid
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from ctsft.errors import CTError
 
@@ -13,23 +19,29 @@ PACKAGES = ("ctsft", "torch", "transformers", "peft", "trl", "accelerate", "data
 
 
 def home() -> Path:
-    """The cache folder: `$CTSFT_CACHE`, else `$XDG_CACHE_HOME/ctsft`, else `~/.cache/ctsft`. It need not exist."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctsft"
-    return Path(os.environ.get("CTSFT_CACHE") or default).expanduser()
+    """The cache folder: `$CTSFT_CACHE`, else the system's own (on Linux `~/.cache/ctsft`). It need not exist."""
+    return Path(os.environ.get("CTSFT_CACHE") or platformdirs.user_cache_path("ctsft", appauthor=False)).expanduser()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all: through a hidden file beside it and a rename."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A hidden file beside `path` to write to; it takes the place of `path` if the block ends well, else it goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield scratch
+        with scratch.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -43,6 +55,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CTError(f"{path} cannot be read as JSON ({error}); it is damaged, make it anew.") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of the TOML file `path`; CTError where it is none."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CTError(f"{path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise CTError(f"{path} is no TOML: {error}.") from None
 
 
 def versions() -> dict[str, str]:

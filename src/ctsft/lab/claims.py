@@ -8,7 +8,6 @@ file, for confirmations and for refutations apart. Nothing here imports torch: v
 
 import itertools
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from ctsft.errors import CTError
+from ctsft.errors import CTError, wrong_fields
+from ctsft.files import read_toml
 from ctsft.lab.experiments import Laboratory, Spec, Strict
 from ctsft.lab.metrics import UPDATES, Row, chosen, known, measured, rows, short, updates
 from ctsft.lab.schedule import parse_schedule
@@ -140,17 +140,14 @@ def expanded(selection: Selection) -> list[Selection]:
         try:
             Spec(**{name: found for name, found in one.items() if name != "experiment"})
         except ValidationError as error:
-            raise ValueError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+            raise ValueError(wrong_fields(error)) from None
         out.append(one)
     return out
 
 
 def read_claims(path: Path) -> list[Claim]:
     """The claims of a TOML file of [[claim]] tables, in order; CTError tells every wrong key of every claim."""
-    try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CTError(f"{path} cannot be read as TOML ({error}).") from None
+    read = read_toml(path)
     found = read.get("claim", [])
     wrong = [f"{name}: no such table, use [[claim]]" for name in read if name != "claim"]
     claims = []
@@ -159,7 +156,7 @@ def read_claims(path: Path) -> list[Claim]:
         try:
             claims.append(Claim(**values))
         except ValidationError as error:
-            wrong += [f"{name}: {'.'.join(map(str, e['loc'])) or 'all'}: {e['msg']}" for e in error.errors()]
+            wrong.append(f"{name}: {wrong_fields(error)}")
     wrong += [f"{name}: the id is used {n} times" for name, n in Counter(c.id for c in claims).items() if n > 1]
     if wrong or not found:
         raise CTError(f"{path} is wrong: {'; '.join(wrong) or 'it holds no claim'}.")

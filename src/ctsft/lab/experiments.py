@@ -8,7 +8,6 @@ and the columns of its table. Nothing here imports torch.
 import itertools
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -17,8 +16,8 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from ctsft.choices import BasisKind, Probe, UniversalMode, WeightFrom
-from ctsft.errors import CTError
-from ctsft.files import read_json, write_text
+from ctsft.errors import CTError, wrong_fields
+from ctsft.files import read_json, read_toml, write_text
 from ctsft.lab.schedule import parse_schedule
 
 FORMAT = 1
@@ -235,11 +234,11 @@ class Laboratory(Strict):
 
 def read_laboratory(folder: Path) -> Laboratory:
     """`defaults.toml` and every other experiment of `folder`; CTError names the file and every wrong key."""
-    defaults = _toml(folder / "defaults.toml")
+    defaults = read_toml(folder / "defaults.toml")
     experiments = {}
     for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem):
         if path.name not in ("defaults.toml", "claims.toml"):
-            experiments[path.stem] = _checked(path, Experiment, {"name": path.stem} | _toml(path))
+            experiments[path.stem] = _checked(path, Experiment, {"name": path.stem} | read_toml(path))
     if not experiments:
         raise CTError(f"{folder} holds no experiment (*.toml).")
     laboratory = _checked(folder / "defaults.toml", Laboratory, defaults | {"experiments": experiments})
@@ -270,21 +269,11 @@ def _wrong_name(experiment: Experiment, profiles: Iterable[str]) -> str:
     return ""
 
 
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CTError(f"{path} cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise CTError(f"{path} is no TOML: {error}.") from None
-
-
 def _checked(path: Path, kind: type[Model], values: dict[str, Any]) -> Model:
     try:
         return kind(**values)
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'all'}: {e['msg']}" for e in error.errors())
-        raise CTError(f"{path} is wrong: {told}.") from None
+        raise CTError(f"{path} is wrong: {wrong_fields(error)}.") from None
 
 
 def arms(laboratory: Laboratory, name: str, profile: str = "full", protocol: str = "honest") -> Iterator[Arm]:
@@ -313,8 +302,7 @@ def arms(laboratory: Laboratory, name: str, profile: str = "full", protocol: str
             try:
                 spec = Spec(**_computed(fields))
             except ValidationError as error:
-                told = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'arm'}: {e['msg']}" for e in error.errors())
-                raise CTError(f"experiment {name}, arm {arm.name!r}: {told}.") from None
+                raise CTError(f"experiment {name}, arm {arm.name!r}: {wrong_fields(error, whole='arm')}.") from None
             except CTError as error:
                 raise CTError(f"experiment {name}, arm {arm.name!r}: {error}") from None
             yield Arm(

@@ -35,7 +35,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from ctsft.errors import CTError
+from ctsft.errors import CTError, needs
 from ctsft.lab.experiments import TUNE_SEEDS, Arm, Records, Spec, due
 
 RETRIES = 2  # of a run whose worker died
@@ -192,10 +192,8 @@ def on_ray(address: str | None = None, workers: int | None = None, threads: int 
     def engine(run: Run) -> Iterator[Workers]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # and warn of a coming default
-        try:
+        with needs("ray"):
             import ray
-        except ImportError:
-            raise CTError("the engine ray needs Ray, which is not installed: pip install 'ctsft[ray]'.") from None
         if address not in (None, "auto"):
             check_answers(str(address))
         variables = {n: v for n, v in os.environ.items() if n.startswith("CTSFT_")} | {"OMP_NUM_THREADS": str(threads)}

@@ -4,9 +4,7 @@ One safetensors file a model and kind of basis, memory-mapped when read: process
 damaged, or not what its name says, is never used; a folder that cannot be written never stops a run.
 """
 
-import contextlib
 import os
-import uuid
 import warnings
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ctsft.files import home
+from ctsft.files import home, replacing
 from ctsft.spectral.basis import Basis
 from ctsft.spectral.decompose import VERSION
 from ctsft.spectral.weights import fingerprint
@@ -66,17 +64,13 @@ def write_bases(key: str, bases: dict[str, Basis]) -> None:
     path = file_of(key)
     tensors = {f"{name}.{side}": t.contiguous() for name, b in bases.items() for side, t in b.tensors().items()}
     notes = {"key": key, "values": fingerprint(tensors.items())}
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, scratch, notes)
-        with scratch.open("rb+") as file:
-            beyond = (8 + int.from_bytes(file.read(8), "little")) % ALIGNED
-        if beyond:  # the header ends there, in steps of 8, and the first tensor begins
-            save_file(tensors, scratch, notes | {"pad": " " * (2 * ALIGNED - beyond - len('"pad":"",'))})
-        with scratch.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        with replacing(path) as scratch:
+            save_file(tensors, scratch, notes)
+            with scratch.open("rb") as file:
+                beyond = (8 + int.from_bytes(file.read(8), "little")) % ALIGNED
+            if beyond:  # the header ends there, in steps of 8, and the first tensor begins
+                save_file(tensors, scratch, notes | {"pad": " " * (2 * ALIGNED - beyond - len('"pad":"",'))})
     except (OSError, SafetensorError) as error:
         warnings.warn(
             f"the bases could not be kept in {path.parent} ({error}): the next start makes them again. Set CTSFT_CACHE "
@@ -84,6 +78,3 @@ def write_bases(key: str, bases: dict[str, Basis]) -> None:
             UserWarning,
             stacklevel=2,
         )
-    finally:
-        with contextlib.suppress(OSError):
-            scratch.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ctsft.errors import CTError
+from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_json
 
 K = Annotated[int, Field(ge=1)]
@@ -69,11 +69,7 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     try:
         return Recipe(**values)
     except ValidationError as error:
-        wrong: dict[str, list[str]] = {}
-        for e in error.errors():
-            wrong.setdefault(str(e["loc"][0]), []).append(e["msg"])
-        told = "; ".join(f"{name}={values[name]!r} ({', or: '.join(why)})" for name, why in wrong.items())
-        raise CTError(f"the recipe is wrong: {told}.") from None
+        raise CTError(f"the recipe is wrong: {wrong_fields(error, values)}.") from None
 
 
 def read_recipe(path: Path) -> Recipe:
