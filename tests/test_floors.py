@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "ctsft"
 
 ROOMS = {  # the lowest first; "" holds the small files that all use
-    "": ["errors", "choices", "files"],
+    "": ["errors", "choices", "files", "compat"],
     "data": ["sql", "rows"],
     "models": ["photonic", "load"],
     "spectral": ["decompose", "weights", "basis", "universal", "cache"],
@@ -23,7 +23,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
-    *("errors", "choices", "files", "data.sql", "tune.recipe", "tune.report", "cli.main", "cli.lab"),
+    *("errors", "choices", "files", "compat", "data.sql", "tune.recipe", "tune.report", "cli.main", "cli.lab"),
     *("pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.experiments", "lab.sweep", "lab.metrics", "lab.stats", "lab.claims", "lab.figures"),
     "lab.page",

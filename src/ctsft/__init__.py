@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from ctsft.compat import being_imported
 from ctsft.errors import CTError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def __getattr__(name: str) -> Any:
 def register(loaded: object) -> None:
     """Make CTSFT known to peft; where a file of ctsft itself imports peft first, as soon as that file is complete."""
     ours = [m for n, m in sys.modules.items() if n.startswith("ctsft.") and m is not loaded]
-    if not any(getattr(m.__spec__, "_initializing", False) for m in ours):
+    if not any(being_imported(m) for m in ours):
         importlib.import_module("ctsft.adapter.model")
         importlib.import_module("ctsft.models.photonic")
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 
 from ctsft.choices import CHOSEN, AdapterOptions
+from ctsft.compat import add_peft_type
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis
 
@@ -16,20 +17,7 @@ FORMAT_VERSION = 1
 RECOMPUTABLE = ("weight", "random", "universal")  # from the base weights and the seed alone; the others need data
 
 
-def extend_peft_type(name: str) -> PeftType:
-    """Add `name` to peft's enum of methods: a plain string breaks transformers' add_adapter, Trainer and mixed mode."""
-    if name in PeftType.__members__:
-        return PeftType[name]
-    member = str.__new__(PeftType, name)
-    member._name_, member._value_ = name, name
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-    type.__setattr__(PeftType, name, member)
-    return member
-
-
-CTSFT = extend_peft_type("CTSFT")
+CTSFT = add_peft_type("CTSFT")
 
 
 @dataclass

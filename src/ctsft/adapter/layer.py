@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.fused import AdaptedLinear
+from ctsft.compat import does_more, embed_scale, under_functorch
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis
 from ctsft.spectral.weights import matrix
@@ -243,12 +244,11 @@ class CTLinear(CTLayer):
         return (
             type(base) is nn.Linear
             and not any(p.requires_grad for p in base.parameters(recurse=False))
-            and "forward" not in vars(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not does_more(base)
             and x.dtype == base.weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
+            and not under_functorch()
         )
 
 
@@ -266,5 +266,4 @@ class CTEmbedding(CTLayer):
 
     def scale(self) -> Tensor | float:
         """Factor that some embeddings (Gemma's) put on their output."""
-        scale = self._get_embed_scale()
-        return 1.0 if scale is None else scale.float()
+        return embed_scale(self)

@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _find_minimal_target_modules,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
@@ -22,6 +17,7 @@ from tqdm import tqdm
 from ctsft.adapter.config import CTSFT, RECOMPUTABLE, CTConfig
 from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.store import adapted, base_fingerprint, check_same_base, pack, unpack
+from ctsft.compat import linear_names, selects, shortest_names
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis, paired, random_basis, replacing, two_sides, weight_basis
 from ctsft.spectral.cache import keeps_bases, key_of, read_bases, write_bases
@@ -81,11 +77,9 @@ def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Modul
         if n and not n.startswith(inside)
     }
     if config.target_modules in (None, "all-linear"):
-        config.target_modules = "all-linear"
-        _maybe_include_all_linear_layers(config, model)
-        names: Any = config.target_modules
-        config.target_modules = sorted(_find_minimal_target_modules(names, set(modules) - names)) if names else []
-    found = [n for n in modules if check_target_module_exists(config, n)]
+        names = linear_names(model, config)
+        config.target_modules = shortest_names(names, set(modules) - names)
+    found = [n for n in modules if selects(config, n)]
     regex = isinstance(config.target_modules, str)
     wanted = [str(config.target_modules)] if regex else sorted(config.target_modules)
     unknown = [w for w in wanted if not (found and (regex or matches(w, modules)))]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ctsft.adapter.config import RECOMPUTABLE, CTConfig
 from ctsft.adapter.layer import CTLayer
+from ctsft.compat import FSDP
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis, checksum, two_sides
 from ctsft.spectral.weights import clean_name, fingerprint, matrix, takes_part_transposed, universal_members, width
@@ -50,7 +51,7 @@ def base_fingerprint(model: nn.Module, config: CTConfig, targets: dict[str, nn.M
 
 def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors to save for `adapter_name`, its numbers read from `state_dict`; `config` notes how it was done."""
-    layers = {clean_name(n): (n.removeprefix("_fsdp_wrapped_module."), m) for n, m in adapted(model, adapter_name)}
+    layers = {clean_name(n): (n.removeprefix(FSDP), m) for n, m in adapted(model, adapter_name)}
     made_from = next(m.ctsft_fingerprint[adapter_name] for _, m in layers.values())
     now = base_fingerprint(model, config, {n: m for n, (_, m) in layers.items()})
     stored = config.store_basis or config.basis not in RECOMPUTABLE or now != made_from

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
+from ctsft.compat import unwrapped
 from ctsft.errors import CTError
 from ctsft.spectral.decompose import one_thread
 
@@ -34,7 +35,7 @@ def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
 
 def clean_name(name: str) -> str:
     """A module's name in the bare model, whatever wraps it."""
-    return name.removeprefix("base_model.model.").replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "")
+    return unwrapped(name.removeprefix("base_model.model."))
 
 
 def checked(name: str, module: nn.Module) -> Tensor:
