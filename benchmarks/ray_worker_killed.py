@@ -23,13 +23,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ctsft.lab import run as lab
-from ctsft.lab.experiments import Arm, Records, Spec
+from ctsft.lab.records import Records
+from ctsft.lab.spec import Arm, Spec
 from ctsft.lab.sweep import on_ray, sweep
 from ctsft.models.load import load_tokenizer
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
 VICTIM = 3  # in the order of their starts
-CLOCKS = ("seconds", "probe_seconds")  # what two equal runs may differ in
+CLOCKS = {"seconds": 0.0, "probe_seconds": {}}  # made equal before two records are compared
 
 
 def logged(spec: Spec) -> dict:
@@ -87,10 +88,10 @@ def main(folder: Path, console: Console) -> bool:
     table = Table("run", "lr", "seed", "processes", "last loss in process", "on Ray", "records equal", title="records")
     equal = set(calm) == set(disturbed)
     for key in alone.finished:
-        one, two = ({k: v for k, v in records[key].items() if k not in CLOCKS} for records in (calm, disturbed))
+        one, two = (records[key].model_copy(update=CLOCKS) for records in (calm, disturbed))
         equal = equal and one == two
         pids = [f"{pid} (killed)" if (name, pid) in killed else f"{pid}" for name, pid in starts_of(folder, key)]
-        spec, losses = Spec(**one["spec"]), (f"{record['train_loss'][-1]:.6f}" for record in (one, two))
+        spec, losses = one.spec, (f"{record.train_loss[-1]:.6f}" for record in (one, two))
         table.add_row(key, f"{spec.lr:g}", f"{spec.seed}", ", ".join(pids), *losses, "yes" if one == two else "NO")
     console.print(table)
     victim, pid = killed[0]

@@ -1,6 +1,7 @@
 """Laboratories and records made up for tests: no run is made, every number is chosen."""
 
 from ctsft.lab.experiments import Experiment, Laboratory, Profile, arms
+from ctsft.lab.records import Record
 
 SHAPES = [[768, 256], [256, 256], [15007, 256]]
 SERIES = {  # what each probe writes
@@ -28,9 +29,8 @@ def record(spec, losses=None, heldout=None, **changes):
         kept = {str(k): 7.0 - 0.01 * k for k in KEPT if k <= spec.k}
         measures["ablation"] = {"order": kept, "reverse": kept, "random": kept}
     per_k = {"diagonal": 3, "scores": 1024}.get(spec.method)
-    return {
-        "format": 1,
-        "spec": spec.model_dump(mode="json"),
+    made = {
+        "spec": spec,
         "adapted": {"matrices": 3, "shapes": SHAPES},
         "trained": 5000 if per_k is None else per_k * spec.k,
         "counted": spec.k * sum(sum(shape) for shape in SHAPES) if per_k else None,
@@ -46,8 +46,8 @@ def record(spec, losses=None, heldout=None, **changes):
         "diverged": False,
         "versions": {},
         "machine": {},
-        **changes,
     }
+    return Record(**made | changes)
 
 
 def laboratory(*given, name="x", seeds=5, **more):

@@ -7,8 +7,9 @@ import pytest
 from ctsft.errors import CTError
 from ctsft.lab import claims as claim_module
 from ctsft.lab.claims import ARGUMENTS, PREDICATES, Claim, expanded, judge, markdown, read_claims
-from ctsft.lab.experiments import Spec, arms, read_laboratory
+from ctsft.lab.experiments import arms, read_laboratory
 from ctsft.lab.metrics import Row
+from ctsft.lab.spec import Spec
 from synthetic import laboratory, record, run
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -83,7 +84,7 @@ def covering(exponent):
     def make(spec):
         found = losing(lambda s: 8 - 0.1 * math.log2(s.k))(spec)
         share = spec.k**exponent / 1000 * (1 + noise(spec) / 10)
-        return found | {"probes": {"coverage_diagonal": [[0, share]]}}
+        return found.model_copy(update={"probes": {"coverage_diagonal": [(0, share)]}})
 
     return make
 
@@ -291,7 +292,7 @@ def test_a_metric_that_was_not_measured():
 def test_an_incomplete_arm_is_not_run():
     lab = laboratory({"k": [2, 4]})
     records = run(lab, losing(FALLING))
-    records.pop(next(key for key, r in records.items() if r["spec"]["k"] == 2))
+    records.pop(next(key for key, r in records.items() if r.spec.k == 2))
     found = judge([claim("less", a={"k": 4}, b={"k": 2})], lab, records)[0]
     assert (found.verdict, found.detail) == ("not run", "missing: arm [k 2] has 4 of 5 seeds")
     found = judge([claim("less", a={"k": 4}, b={"k": 64})], lab, records)[0]
@@ -382,7 +383,7 @@ def test_the_correction_counts_every_claim_and_control():
     """One p of about 0.03 stands alone, and falls among others, whether those were run or not."""
     lab = laboratory({"k": [2, 4]}, {"k": [8, 16], "tied": [True, False]})
     make = losing(lambda s: 7.0 if s.k == 2 else 7.0245)
-    records = {key: r for key, r in run(lab, make).items() if r["spec"]["k"] in (2, 4)}
+    records = {key: r for key, r in run(lab, make).items() if r.spec.k in (2, 4)}
     one = claim("less", a={"k": 2}, b={"k": 4})
     alone = judge([one], lab, records)
     many = judge([one, ARTEFACT, claim("exact", a={"k": 2}, number=0, effect=99)], lab, records)
@@ -557,10 +558,8 @@ def test_every_claim_can_hold_and_can_fail(one, holds, monkeypatch):
     world = World(one, holds)
 
     def made_rows(laboratory, name, *_):
-        full = ({"spec": {"seed": s}, "diverged": False} for s in itertools.count())
-        return [
-            Row(arm.name, arm.spec, 0.1, True, tuple(range(5)), list(itertools.islice(full, 5))) for arm in ARMS[name]
-        ]
+        full = [record(Spec(steps=0, seed=s)) for s in range(5)]
+        return [Row(arm.name, arm.spec, 0.1, True, tuple(range(5)), full) for arm in ARMS[name]]
 
     def made_numbers(row, pool, metric):
         scale = 1e-4 * min(1e-3, 0.1 * one.effect or 1e-3) if one.predicate != "exact" else 0

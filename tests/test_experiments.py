@@ -1,33 +1,14 @@
-import json
-import math
-import os
 import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import ctsft.lab.experiments as experiment
 from ctsft.errors import CTError
-from ctsft.lab.experiments import (
-    GRID,
-    MAX_RATES,
-    PAPER_LR,
-    TUNE_SEEDS,
-    Arm,
-    Records,
-    Spec,
-    arms,
-    choose_rate,
-    due,
-    finals,
-    rate,
-    read_laboratory,
-    replaced,
-)
+from ctsft.lab.experiments import arms, read_laboratory
+from ctsft.lab.rates import due
 from ctsft.lab.schedule import counted_parameters, parse_schedule
+from ctsft.lab.spec import PAPER_LR
 from test_schedule import PHOTONIC
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -71,67 +52,6 @@ def read(folder, text="[[arms]]\nk = 2\n", profile="full", protocol="honest", **
 @pytest.fixture(scope="module")
 def laboratory():
     return read_laboratory(FOLDER)
-
-
-# --------------------------------------------------------------------------------------------------------------- keys
-
-
-def test_a_key_is_golden():
-    """A changed key orphans every record that is committed; change FORMAT with it."""
-    assert Spec().key == "photonic-diagonal-k32-1349cde127705c16"
-    spec = Spec(model="~/models/TinyLlama-1.1b", k=8, schedule="8>16@1/2", evaluate=(10, 20), probes=("coverage",))
-    assert spec.key == "tinyllama-1.1b-diagonal-k8-56760584280c1963"
-
-
-CHANGES = {
-    "model": "stories15m",
-    "tied": False,
-    "text": "shakespeare",
-    "method": "core",
-    "k": 16,
-    "basis": "random",
-    "weight_from": "bottom",
-    "universal_mode": "replace",
-    "allocation": "effective_rank",
-    "targets": "blocks",
-    "schedule": "32>16@1/2",
-    "carry": True,
-    "dropout": 0.1,
-    "batches": "fresh",
-    "batch": 3,
-    "length": 64,
-    "steps": 41,
-    "decay": "linear",
-    "lr": 6e-3,
-    "dtype": "bfloat16",
-    "evaluate": (5,),
-    "probes": ("coverage",),
-    "probe_every": 5,
-    "ablate": True,
-    "seed": 1,
-}
-
-
-def test_every_field_is_in_the_key():
-    assert set(CHANGES) == set(Spec.model_fields)
-    keys = [Spec(**{name: value}).key for name, value in CHANGES.items()]
-    assert len({Spec().key, *keys}) == len(CHANGES) + 1
-
-
-@settings(max_examples=200)
-@given(st.sets(st.sampled_from(sorted(CHANGES))), st.sets(st.sampled_from(sorted(CHANGES))))
-def test_keys_are_equal_exactly_where_specs_are(these, those):
-    def spec(names):
-        return Spec(**{n: CHANGES[n] for n in names if n != "schedule" or "k" not in names})
-
-    a, b = spec(these), spec(those)
-    assert (a.key == b.key) == (a == b)
-    assert Spec(**json.loads(json.dumps(a.model_dump(mode="json")))) == a
-
-
-def test_a_default_in_words_does_not_move_the_key():
-    assert Spec(k=32, lr=PAPER_LR, steps=40, dropout=0).key == Spec().key
-    assert Spec(lr=1).key == Spec(lr=1.0).key
 
 
 # --------------------------------------------------------------------------------------------------------------- grids
@@ -292,183 +212,6 @@ def test_what_is_not_there(laboratory):
         list(arms(laboratory, "81", "ful"))
     with pytest.raises(CTError, match=r"there is no protocol 'honset'; there are honest, paper\.$"):
         list(arms(laboratory, "81", "full", "honset"))
-
-
-def test_a_schedule_and_its_k_must_agree():
-    with pytest.raises(ValueError, match=r"k=32 is not the first K of the schedule 8>16@1/2"):
-        Spec(schedule="8>16@1/2")
-
-
-# -------------------------------------------------------------------------------------------------- learning rates
-
-
-def arm(rates=(0.01, 0.03, 0.1), seeds=(0, 1), **changes):
-    fields = {"spec": Spec(**changes.pop("spec", {}))} | changes
-    return Arm(name="a", seeds=seeds, rates=rates, **fields)
-
-
-def record(spec, loss):
-    """A record with no more than the choice of a rate reads."""
-    return {"spec": spec.model_dump(mode="json"), "train_loss": [9.0, loss], "heldout": [[0, 9.0], [spec.steps, loss]]}
-
-
-def settle(an_arm, loss_of, records=None):
-    """Run what is due until nothing is; `loss_of` a spec. Returns the records, in the order in which they were due."""
-    records = {} if records is None else records
-    while batch := due(an_arm, records):
-        for spec in batch:
-            assert spec.key not in records
-            records[spec.key] = record(spec, loss_of(spec))
-        assert len(records) < 200
-    return records
-
-
-def bowl(centre):
-    """The loss of a spec: a bowl over the logarithm of the rate."""
-    return lambda spec: 5 + math.log10(spec.lr / centre) ** 2
-
-
-def test_tuning_comes_first_and_leaves_the_judged_seeds_alone():
-    an_arm = arm(
-        spec={"steps": 80, "ablate": True, "probes": ("coverage",), "evaluate": (5,), "probe_every": 5},
-        tune_steps=40,
-        tune_seeds=2,
-    )
-    first = due(an_arm, {})
-    assert [(s.lr, s.seed) for s in first] == [(lr, seed) for lr in (0.01, 0.03, 0.1) for seed in (1000, 1001)]
-    assert all(s == Spec(lr=s.lr, seed=s.seed, steps=40) for s in first)  # shared with every arm that differs in probes
-    records = {s.key: record(s, bowl(0.03)(s)) for s in first}
-    assert due(an_arm, records) == [replaced(an_arm.spec, lr=0.03, seed=seed) for seed in (0, 1)]
-    assert not set(an_arm.seeds) & set(TUNE_SEEDS)
-
-
-def test_tune_steps_never_lengthen_a_run():
-    assert {s.steps for s in arm(spec={"steps": 20}, tune_steps=40).tuning(0.1)} == {20}
-
-
-@pytest.mark.parametrize(
-    ("centre", "best", "count"),
-    [
-        (0.03, 0.03, 3),  # inside at once
-        (0.3, 0.32, 5),  # two rates more above
-        (0.001, 0.001, 6),  # three below
-        (0.011, 0.01, 4),
-    ],
-)
-def test_the_grid_grows_until_its_best_is_inside(centre, best, count):
-    an_arm = arm()
-    records = settle(an_arm, bowl(centre))
-    choice, runs = finals(an_arm, records)
-    assert (choice.lr, choice.bracketed, len(choice.tried)) == (best, True, count)
-    rates = [lr for lr, _ in choice.tried]
-    assert rates == sorted(rates) and rates[0] < best < rates[-1]
-    assert [r["spec"]["seed"] for r in runs] == [0, 1] and {r["spec"]["lr"] for r in runs} == {best}
-
-
-@given(st.floats(-4, 1))
-def test_the_choice_is_the_best_of_what_was_tried(exponent):
-    an_arm = arm()
-    choice = choose_rate(an_arm, settle(an_arm, bowl(10**exponent)))
-    assert dict(choice.tried)[choice.lr] == min(loss for _, loss in choice.tried)
-    assert choice.bracketed and abs(math.log10(choice.lr) - exponent) <= math.log10(GRID) / 2 + 0.03
-    steps = [b / a for (a, _), (b, _) in zip(choice.tried, choice.tried[1:], strict=False)]
-    assert all(2.9 < step < 3.4 for step in steps)
-
-
-def test_an_optimum_that_is_never_inside_is_said_to_be_so():
-    for centre, best in ((1e9, -1), (1e-9, 0)):
-        choice = choose_rate(arm(), settle(arm(), bowl(centre)))
-        assert len(choice.tried) == MAX_RATES and not choice.bracketed
-        assert choice.lr == choice.tried[best][0]
-
-
-def test_a_diverged_run_is_worse_than_any():
-    def loss(spec):
-        return None if spec.lr > 0.05 else bowl(0.03)(spec)
-
-    assert choose_rate(arm(), settle(arm(), loss)).lr == 0.03
-    one_seed = arm(tune_seeds=2)
-    choice = choose_rate(
-        one_seed, settle(one_seed, lambda s: None if s.lr == 0.03 and s.seed == 1000 else bowl(0.03)(s))
-    )
-    assert choice.lr != 0.03 and dict(choice.tried)[0.03] == math.inf
-
-
-def test_when_all_diverge_smaller_rates_are_tried():
-    choice = choose_rate(arm(), settle(arm(), lambda spec: None))
-    assert len(choice.tried) == MAX_RATES and not choice.bracketed and choice.lr == choice.tried[0][0] < 1e-4
-
-
-def test_fresh_batches_are_judged_on_held_out_text():
-    def records(batches):
-        an_arm = arm(spec={"batches": batches})
-        runs = [spec for lr in an_arm.rates for spec in an_arm.tuning(lr)]
-        return an_arm, {
-            s.key: record(s, 5 + abs(s.lr - 0.03)) | {"heldout": [[0, 9.0], [40, 5 + abs(s.lr - 0.09)]]} for s in runs
-        }
-
-    assert choose_rate(*records("fixed")).lr == 0.03
-    assert [s.lr for s in choose_rate(*records("fresh")).due] == [0.32]  # 0.1 is best there, at the edge
-
-
-def test_what_needs_no_tuning():
-    assert choose_rate(arm(rates=(0.2,)), {}).lr == 0.2
-    still = arm(spec={"steps": 0})
-    assert not still.tunes and due(still, {}) == still.final(0.01)
-
-
-def test_only_what_is_missing_is_due():
-    an_arm = arm()
-    records = settle(an_arm, bowl(0.03))
-    lost = an_arm.final(0.03)[1]
-    del records[lost.key]
-    assert due(an_arm, records) == [lost]
-    assert [r["spec"]["seed"] for r in finals(an_arm, records)[1]] == [0]
-    assert finals(an_arm, {}) == (choose_rate(an_arm, {}), [])
-
-
-@given(st.floats(1e-6, 1e3))
-def test_rates_have_two_digits_and_stay_close(value):
-    assert rate(rate(value)) == rate(value) == pytest.approx(value, rel=0.051)
-
-
-# --------------------------------------------------------------------------------------------------------- records
-
-
-def test_records_come_back_from_disk(tmp_path):
-    records = Records(tmp_path / "new")
-    assert records == {}
-    spec = Spec(k=2)
-    records.add(record(spec, 5.0) | {"probes": {"cosine": [[2, float("nan")], [3, math.inf]]}, "t": (1, -math.inf)})
-    again = Records(tmp_path / "new")
-    assert again == records and list(again) == [spec.key]
-    assert again[spec.key]["probes"] == {"cosine": [[2, None], [3, None]]} and again[spec.key]["t"] == [1, None]
-    assert again[spec.key]["format"] == experiment.FORMAT
-    assert "NaN" not in (tmp_path / "new" / f"{spec.key}.json").read_text()
-
-
-def test_a_failing_write_leaves_the_records_as_they_were(tmp_path, monkeypatch):
-    records = Records(tmp_path)
-    spec = Spec(k=2)
-    records.add(record(spec, 5.0))
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    for changed in (record(spec, 4.0), record(Spec(k=4), 4.0)):
-        with pytest.raises(OSError, match="disk full"):
-            records.add(changed)
-    monkeypatch.undo()
-    assert records[spec.key]["train_loss"] == [9.0, 5.0] and list(records) == [spec.key]
-    assert Records(tmp_path) == records and len(list(tmp_path.iterdir())) == 1
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 0}'])
-def test_a_file_that_is_no_record(tmp_path, content):
-    (tmp_path / "x.json").write_text(content)
-    with pytest.raises(CTError, match=r"x\.json (is no record of this ctsft; move it|cannot be read as JSON)"):
-        Records(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- the experiments themselves

@@ -17,7 +17,8 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "pages": ["words", "plot", "render"],
     "tune": ["recipe", "inspect", "report", "run"],
     "lab": [
-        *("schedule", "experiments", "methods", "run", "sweep", "metrics", "stats", "claims", "figures", "page"),
+        *("schedule", "spec", "records", "rates", "experiments", "methods", "run", "sweep", "metrics", "stats"),
+        *("claims", "figures", "page"),
     ],
     "cli": ["lab", "main"],
 }
@@ -25,8 +26,8 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
 NO_TORCH = {
     *("errors", "choices", "files", "compat", "data.sql", "tune.recipe", "tune.report", "cli.main", "cli.lab"),
     *("pages.words", "pages.plot", "pages.render"),
-    *("lab.schedule", "lab.experiments", "lab.sweep", "lab.metrics", "lab.stats", "lab.claims", "lab.figures"),
-    "lab.page",
+    *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.sweep", "lab.metrics"),
+    *("lab.stats", "lab.claims", "lab.figures", "lab.page"),
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
 

@@ -5,8 +5,9 @@ import torch
 
 from ctsft.errors import CTError
 from ctsft.lab import run as lab
-from ctsft.lab.experiments import Records, Spec, replaced
 from ctsft.lab.metrics import value
+from ctsft.lab.records import Records
+from ctsft.lab.spec import Spec, replaced
 from ctsft.models.load import PHOTONIC, load_tokenizer
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
@@ -37,19 +38,19 @@ def spec(**changes):
 
 
 def numbers(record):
-    return {k: v for k, v in record.items() if k not in ("seconds", "probe_seconds")}
+    return record.model_dump(exclude={"seconds", "probe_seconds"})
 
 
 def test_a_record_tells_all_and_is_the_same_every_time():
     wanted = spec(evaluate=(2,))
     record = lab.run(wanted)
-    assert Spec(**record["spec"]) == wanted
-    assert record["trained"] == 17 * 4 and record["adapted"]["matrices"] == 17
-    assert record["counted"] == 4 * sum(a + b for a, b in record["adapted"]["shapes"])
-    assert len(record["train_loss"]) == 5 and [step for step, _ in record["heldout"]] == [0, 2, 4]
-    assert record["tokens"] == 4 * 2 * 12 and record["flops"] > 0 and record["seconds"] > 0
-    assert record["adapter_bytes"] > 17 * 4 * 4 and record["memory_bytes"] > 17 * 4 * 4
-    assert [update for update, _ in record["probes"]["cosine"]] == [2, 3, 4]
+    assert record.spec == wanted
+    assert record.trained == 17 * 4 and record.adapted.matrices == 17
+    assert record.counted == 4 * sum(a + b for a, b in record.adapted.shapes)
+    assert len(record.train_loss) == 5 and [step for step, _ in record.heldout] == [0, 2, 4]
+    assert record.tokens == 4 * 2 * 12 and record.flops > 0 and record.seconds > 0
+    assert record.adapter_bytes > 17 * 4 * 4 and record.memory_bytes > 17 * 4 * 4
+    assert [update for update, _ in record.probes["cosine"]] == [2, 3, 4]
     assert value(record, "loss_drop") > 0
     assert numbers(lab.run(wanted)) == numbers(record)
 
@@ -62,7 +63,7 @@ def test_the_first_loss_is_the_bare_model_s_own():
         bare = lab.base("small").model(input_ids=ids, labels=ids).loss.item()
     for method in METHODS:
         record = lab.run(replaced(wanted, method=method, steps=1))
-        assert record["train_loss"][0] == pytest.approx(bare, abs=2e-6), method
+        assert record.train_loss[0] == pytest.approx(bare, abs=2e-6), method
 
 
 def test_one_batch_or_new_text():
@@ -73,7 +74,7 @@ def test_one_batch_or_new_text():
     assert torch.equal(a, one) and not torch.equal(a, b)
     assert not torch.equal(next(lab.batches(spec(seed=1))), one)
     record = lab.run(spec(batches="fresh"))
-    assert len(record["train_loss"]) == 4 and value(record, "monotonic_share") is None
+    assert len(record.train_loss) == 4 and value(record, "monotonic_share") is None
 
 
 def test_held_out_text_is_never_trained_on_and_the_same_for_all():
@@ -87,12 +88,12 @@ def test_held_out_text_is_never_trained_on_and_the_same_for_all():
 
 def test_k_changes_in_mid_run():
     up, down = lab.run(spec(k=2, schedule="2>4@1/2")), lab.run(spec(k=4, schedule="4>2@1/2"))
-    assert (up["trained"], down["trained"]) == (17 * 4, 17 * 2)
+    assert (up.trained, down.trained) == (17 * 4, 17 * 2)
     assert value(up, "k_steps") == value(down, "k_steps") == 12
     whole = lab.run(spec(k=2))
-    assert up["train_loss"][:3] == whole["train_loss"][:3] != up["train_loss"][-3:]
+    assert up.train_loss[:3] == whole.train_loss[:3] != up.train_loss[-3:]
     carried = lab.run(spec(k=2, schedule="2>4@1/2", carry=True))
-    assert carried["train_loss"][:3] == up["train_loss"][:3] and carried["train_loss"] != up["train_loss"]
+    assert carried.train_loss[:3] == up.train_loss[:3] and carried.train_loss != up.train_loss
 
 
 def test_an_untied_head_is_random_and_worse():
@@ -102,8 +103,8 @@ def test_an_untied_head_is_random_and_worse():
     bare = lab.base("small").model
     assert torch.equal(model.get_input_embeddings().weight, bare.get_input_embeddings().weight)
     assert torch.equal(model.model.blocks[0].mlp.up.weight, bare.model.blocks[0].mlp.up.weight)
-    assert tied["train_loss"][0] != untied["train_loss"][0]
-    assert untied["train_loss"][0] != lab.run(spec(tied=False, seed=1))["train_loss"][0]
+    assert tied.train_loss[0] != untied.train_loss[0]
+    assert untied.train_loss[0] != lab.run(spec(tied=False, seed=1)).train_loss[0]
 
 
 @pytest.mark.parametrize("method", ["scores", "full"])
@@ -114,23 +115,23 @@ def test_a_replayed_prefix_gives_the_numbers_of_the_whole_model(method, monkeypa
     monkeypatch.setattr(lab, "FLOPS", {})
     monkeypatch.setattr(lab, "FIRST_HELDOUT", {})
     whole = lab.run(wanted)
-    assert replayed["train_loss"] == pytest.approx(whole["train_loss"], abs=2e-6)
-    assert [loss for _, loss in replayed["heldout"]] == pytest.approx([loss for _, loss in whole["heldout"]], abs=2e-6)
-    assert replayed["flops"] < whole["flops"]
+    assert replayed.train_loss == pytest.approx(whole.train_loss, abs=2e-6)
+    assert [loss for _, loss in replayed.heldout] == pytest.approx([loss for _, loss in whole.heldout], abs=2e-6)
+    assert replayed.flops < whole.flops
     if method == "scores":
-        assert 0 < replayed["measures"]["variance_explained"] < 1
+        assert 0 < replayed.measures["variance_explained"] < 1
 
 
 def test_replacing_weights_by_few_terms_changes_the_first_loss():
     same = lab.run(spec(targets="last2", method="scores", basis="universal"))
     replaced_ = lab.run(spec(targets="last2", method="scores", basis="universal", universal_mode="replace"))
-    assert same["train_loss"][0] != replaced_["train_loss"][0]
+    assert same.train_loss[0] != replaced_.train_loss[0]
 
 
 def test_probes_are_recorded_and_change_nothing():
     names = ("coverage", "diversity", "gradient_rank", "gradient_snr")
     plain, probed = lab.run(spec()), lab.run(spec(probes=names, probe_every=2))
-    assert probed["train_loss"] == plain["train_loss"] and probed["heldout"] == plain["heldout"]
+    assert probed.train_loss == plain.train_loss and probed.heldout == plain.heldout
     for metric in (
         "coverage_diagonal",
         "coverage_diagonal_null",
@@ -139,27 +140,27 @@ def test_probes_are_recorded_and_change_nothing():
         "diversity",
     ):
         assert value(probed, metric) is not None, metric
-    assert probed["probe_seconds"].keys() >= {"every step"}
+    assert probed.probe_seconds.keys() >= {"every step"}
 
 
 def test_a_run_of_no_steps_measures_only():
     record = lab.run(spec(steps=0, probes=("coverage",)))
-    assert len(record["train_loss"]) == len(record["heldout"]) == 1
+    assert len(record.train_loss) == len(record.heldout) == 1
     assert 0 < value(record, "coverage_diagonal") < value(record, "coverage_two_sided") < 1
 
 
 def test_ablation_keeps_all_or_nothing():
     record = lab.run(spec(ablate=True))
-    ablation = record["measures"]["ablation"]
+    ablation = record.measures["ablation"]
     assert set(ablation) == set(lab.ABLATIONS)
     for order in lab.ABLATIONS:
-        assert ablation[order]["4"] == pytest.approx(record["train_loss"][-1], abs=2e-6)
-        assert ablation[order]["0"] == pytest.approx(record["train_loss"][0], abs=2e-6)
+        assert ablation[order]["4"] == pytest.approx(record.train_loss[-1], abs=2e-6)
+        assert ablation[order]["0"] == pytest.approx(record.train_loss[0], abs=2e-6)
 
 
 def test_a_rate_that_blows_up_is_recorded_as_diverged(tmp_path):
     record = lab.run(spec(method="full", lr=1e20, batches="fresh"))
-    assert record["diverged"]
+    assert record.diverged
     records = Records(tmp_path)
     records.add(record)
     assert value(records[spec(method="full", lr=1e20, batches="fresh").key], "heldout_loss") is None
@@ -181,9 +182,9 @@ def test_the_laboratory_s_own_model_lies_in_the_package():
 def test_the_first_held_out_loss_is_kept_only_for_the_untouched_model(monkeypatch):
     monkeypatch.setattr(lab, "FIRST_HELDOUT", {})
     scores = spec(targets="last2", method="scores", basis="universal")
-    fresh = {m: lab.run(replaced(scores, universal_mode=m))["heldout"][0][1] for m in ("residual", "replace")}
-    kept = {m: lab.run(replaced(scores, universal_mode=m))["heldout"][0][1] for m in ("replace", "residual")}
+    fresh = {m: lab.run(replaced(scores, universal_mode=m)).heldout[0][1] for m in ("residual", "replace")}
+    kept = {m: lab.run(replaced(scores, universal_mode=m)).heldout[0][1] for m in ("replace", "residual")}
     assert fresh == kept and fresh["residual"] != fresh["replace"]
     assert len(lab.FIRST_HELDOUT) == 1
-    one, other = (lab.run(spec(tied=False, seed=seed))["heldout"][0][1] for seed in (0, 1))
+    one, other = (lab.run(spec(tied=False, seed=seed)).heldout[0][1] for seed in (0, 1))
     assert one != other

@@ -5,9 +5,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ctsft import CTError, resize
 from ctsft.adapter.layer import CTLayer
-from ctsft.lab.experiments import Spec
 from ctsft.lab.methods import allocate, equip, targets
 from ctsft.lab.schedule import counted_parameters
+from ctsft.lab.spec import Spec
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 from ctsft.spectral.decompose import effective_rank
 from ctsft.spectral.weights import matrix

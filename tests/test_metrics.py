@@ -3,7 +3,7 @@ import statistics
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.lab.experiments import Spec, Table
+from ctsft.lab.experiments import Table
 from ctsft.lab.metrics import (
     Row,
     cell,
@@ -19,6 +19,7 @@ from ctsft.lab.metrics import (
     table,
     value,
 )
+from ctsft.lab.spec import Spec
 from synthetic import laboratory, record, run
 
 FIXED = Spec(k=4, steps=3)
@@ -172,7 +173,7 @@ def test_rows_of_an_experiment():
     assert first.values("train_loss") == pytest.approx([8.0, 8.01, 8.02])
     assert second.mean("train_loss") == pytest.approx(7.01)
     assert second.sd("train_loss") == pytest.approx(0.01)
-    del records[next(key for key, r in records.items() if r["spec"]["seed"] == 1 and r["spec"]["k"] == 2)]
+    del records[next(key for key, r in records.items() if r.spec.seed == 1 and r.spec.k == 2)]
     first, second = rows(lab, "x", records)
     assert not first.complete and second.complete
     assert first.values("train_loss") == [pytest.approx(8.0), None, pytest.approx(8.02)]

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as MatplotlibFigure
 
 from ctsft.errors import CTError
 from ctsft.lab.claims import WORDS, Artefact, Claim, Side, Verdict
-from ctsft.lab.experiments import Experiment, Figure, Laboratory, arms, choose_rate, due
+from ctsft.lab.experiments import Experiment, Figure, Laboratory, arms
 from ctsft.lab.figures import (
     GLYPHS,
     LAWS,
@@ -32,6 +32,8 @@ from ctsft.lab.figures import (
 )
 from ctsft.lab.metrics import rows, table
 from ctsft.lab.page import VERDICTS, places, write_lab_report
+from ctsft.lab.rates import choose_rate, due
+from ctsft.lab.records import Record
 
 CHROMIUM = shutil.which("chromium")
 SHAPES = [[768, 256], [256, 256], [1024, 256], [256, 1024]] * 8 + [[15007, 256]]
@@ -224,25 +226,29 @@ def a_record(spec):
             order: {str(n): 7.8 - drop * (n / k) ** power + noise.gauss(0, 0.02) for n in kept}
             for order, power in curve.items()
         }
-    return {
-        "format": 1,
-        "spec": spec.model_dump(mode="json"),
-        "adapted": {"matrices": 33, "shapes": SHAPES},
-        "trained": 33 * k,
-        "counted": 48031 * k,
-        "adapter_bytes": 1000 + 132 * k,
-        "memory_bytes": 192_000 * k,
-        "tokens": 254 * spec.steps,
-        "flops": 1.2e12,
-        "seconds": 0.2 * spec.steps + noise.random(),
-        "train_loss": train,
-        "heldout": [[0, 7.9], [spec.steps, train[-1] + 0.15 + noise.gauss(0, 0.02)]],
-        "probes": probes,
-        "measures": measures,
-        "diverged": False,
-        "versions": {"ctsft": "0.1.0"},
-        "machine": {"cpu": "a small one", "threads": 2},
-    }
+    return Record(
+        spec=spec,
+        adapted={"matrices": 33, "shapes": SHAPES},
+        trained=33 * k,
+        counted=48031 * k,
+        adapter_bytes=1000 + 132 * k,
+        memory_bytes=192_000 * k,
+        tokens=254 * spec.steps,
+        flops=1.2e12,
+        seconds=0.2 * spec.steps + noise.random(),
+        train_loss=train,
+        heldout=[(0, 7.9), (spec.steps, train[-1] + 0.15 + noise.gauss(0, 0.02))],
+        probes=probes,
+        measures=measures,
+        diverged=False,
+        versions={"ctsft": "0.1.0"},
+        machine={"cpu": "a small one", "threads": 2},
+    )
+
+
+def changed(row, **values):
+    """Give all records of `row` these values."""
+    row.records[:] = [record.model_copy(update=values) for record in row.records]
 
 
 def records_of(laboratory, names=None, profile="full", protocol="honest"):
@@ -370,7 +376,7 @@ def test_every_experiment_tells_its_question_and_whether_it_ran(whole, page):
         assert f"{experiment.title} {experiment.question}" in page.text
     assert page.text.count("not run") == 3  # the counts, the claim, experiment 89
     assert "not complete" not in page.text.lower()
-    judged = [r for r in records.values() if r["spec"]["seed"] < 1000]
+    judged = [r for r in records.values() if r.spec.seed < 1000]
     assert f"judged on {len(judged)} runs" in page.text
 
 
@@ -408,7 +414,7 @@ def test_the_recipe_does_not_hide_what_is_missing(tmp_path):
     while any(spec.key not in records for spec in due(open_, records)):  # every higher rate is worse, without end
         for spec in due(open_, records):
             record = a_record(spec)
-            record["train_loss"][-1] = 9 + math.log10(spec.lr / lr)
+            record.train_loss[-1] = 9 + math.log10(spec.lr / lr)
             records[spec.key] = record
     text = Reader(written(tmp_path, laboratory, records)).text
     assert "at the grid's edge" in text and "bracketed" not in text
@@ -466,7 +472,7 @@ def figure_of(name, laboratory=None, **changes):
 def test_points_are_means_with_t_intervals():
     figure, found = figure_of("82")
     (line,) = points(figure, found[:1], found, ["k"], [])
-    losses = [record["train_loss"][-1] for record in found[0].records]
+    losses = [record.train_loss[-1] for record in found[0].records]
     half = 2.7764451 * statistics.stdev(losses) / 5**0.5  # t of 4 degrees of freedom at 97.5%
     assert line.key == (2,) and len(line.points) == 1
     assert line.points[0] == pytest.approx((96062 * 10, statistics.fmean(losses), half))
@@ -488,10 +494,10 @@ def test_points_over_words_are_ticks():
 def test_curves_are_means_where_all_seeds_have_numbers():
     figure, found = figure_of("81", x="step", y="train_loss")
     row = found[0]
-    row.records[2]["train_loss"][30:] = [None] * 11
+    row.records[2].train_loss[30:] = [None] * 11
     (line,) = curves(figure, row, ["k"])
     assert [x for x, _, _ in line.points] == list(range(30)) and line.curve
-    losses = [record["train_loss"][7] for record in row.records]
+    losses = [record.train_loss[7] for record in row.records]
     assert line.points[7][1:] == pytest.approx(centre(losses))
 
 
@@ -507,8 +513,7 @@ def test_curves_over_directions_kept_have_a_line_an_order():
 
 def test_long_curves_are_thinned_and_keep_their_end():
     figure, found = figure_of("82", x="step", y="heldout")
-    for record in found[0].records:
-        record["heldout"] = [[i, 1.0] for i in range(1001)]
+    changed(found[0], heldout=[(i, 1.0) for i in range(1001)])
     (line,) = curves(figure, found[0], [])
     assert len(line.points) <= 220 and [x for x, _, _ in line.points[:3]] == [0, 1, 2] and line.points[-1][0] == 1000
 
@@ -567,15 +572,14 @@ def test_axes_are_told_in_words():
 def test_a_figure_without_numbers_says_so(scale):
     figure, found = figure_of("82", **scale)
     for row in found:
-        for record in row.records:
-            record["probes"] = {}
+        changed(row, probes={})
     made = picture("x", figure, found)
     assert made.svgs == [] and "none has this number" in made.note
 
 
 def test_runs_that_are_not_drawn_are_counted():
     figure, found = figure_of("82")
-    found[0].records[1].update(diverged=True)
+    found[0].records[1] = found[0].records[1].model_copy(update={"diverged": True})
     made = picture("x", figure, found)
     assert "without this number: 1." in made.note and "95% t interval" in made.note
 

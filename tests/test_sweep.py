@@ -16,18 +16,21 @@ from rich.console import Console
 
 from ctsft.errors import CTError
 from ctsft.lab import sweep as module
-from ctsft.lab.experiments import TUNE_SEEDS, Arm, Records, Spec, choose_rate, due
+from ctsft.lab.rates import choose_rate, due
+from ctsft.lab.records import Records
+from ctsft.lab.spec import TUNE_SEEDS, Arm, Spec
 from ctsft.lab.sweep import Clock, Workers, check_answers, in_process, make_engine, on_ray, processes, sweep
+from synthetic import record
 
 # ------------------------------------------------------------------------------------------ runs that need no model
 
 # A spec's `model` is the folder where its runs sign in, its `text` how they behave, and its `k` tells the best rate.
 
 
-def record_of(spec):
+def record_of(spec, **changes):
     distance = math.log10(spec.lr / best_rate(spec.k))
     losses = [8.0, 4.0 + distance**2 + spec.seed / 1e5]
-    return {"spec": spec.model_dump(mode="json"), "train_loss": losses, "heldout": [[0, 8.0], [spec.steps, losses[1]]]}
+    return record(spec, losses, [(0, 8.0), (spec.steps, losses[1])], **changes)
 
 
 def best_rate(k):
@@ -44,7 +47,7 @@ def fake(spec):
     if spec.text == "other":
         return record_of(spec.model_copy(update={"seed": 77}))
     if spec.text == "no json":
-        return record_of(spec) | {"measures": {1, 2}}
+        return record_of(spec, measures={"ablation": object()})
     if spec.text == "dies" or (spec.text == "dies once" and spec.seed == 1 and started == 0):
         os.kill(os.getpid(), signal.SIGKILL)
     if spec.text == "hangs" and spec.seed == 1:
@@ -61,7 +64,7 @@ def interrupted(spec):
 def threads_of(spec):
     import torch
 
-    return record_of(spec) | {"threads": torch.get_num_threads(), "variable": os.environ["OMP_NUM_THREADS"]}
+    return record_of(spec, machine={"threads": torch.get_num_threads(), "variable": os.environ["OMP_NUM_THREADS"]})
 
 
 def starts(spec):
@@ -108,7 +111,7 @@ def start_driver(folder, call):
     (folder / "driver.py").write_text(
         f"import sys\nfrom pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from ctsft.lab.experiments import Records\nfrom ctsft.lab.sweep import processes, sweep\n"
+        "from ctsft.lab.records import Records\nfrom ctsft.lab.sweep import processes, sweep\n"
         "from test_sweep import fake, plain\n"
         f"if __name__ == '__main__':\n    records = Records(Path({str(folder / 'r')!r}))\n    {call}\n"
     )
@@ -249,7 +252,7 @@ def test_a_failed_run_stops_neither_the_others_nor_the_sweep(log, tmp_path, engi
         mistake: "there is no such text; name another.",
         bug: "ZeroDivisionError: the second",
         other: "ValueError: the record is that of another spec",
-        no_json: "TypeError: Object of type set is not JSON serializable",
+        no_json: "PydanticSerializationError: Unable to serialize unknown type: <class 'object'>",
     }
     assert "in fake" in report.tracebacks[bug] and "told in two lines" in report.tracebacks[bug]
     out = io.StringIO()
@@ -316,8 +319,7 @@ def started_pids(folder):
 def test_every_worker_has_its_threads(log, tmp_path):
     records = Records(tmp_path / "r")
     sweep([plain(log, seeds=(0,))], records, threads_of, processes(1, threads=2))
-    (record,) = records.values()
-    assert (record["threads"], record["variable"]) == (2, "2")
+    assert [one.machine for one in records.values()] == [{"threads": 2, "variable": "2"}]
 
 
 def test_a_worker_that_has_torch_already_has_its_threads_too():
@@ -415,7 +417,7 @@ def test_an_address_where_nothing_answers(address):
 def test_ray_retries_a_killed_worker_s_run(log, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("CTSFT_MODELS", "travels")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     arms = [plain(log, text="dies once", seeds=range(4)), plain(log, text="bug", seeds=(0,))]
     report = sweep(arms, Records(tmp_path / "r"), "test_sweep:fake", on_ray(workers=2))
     victim, bug = arms[0].final(5e-3)[1].key, arms[1].final(5e-3)[0].key

@@ -30,7 +30,8 @@ WIDE = 200  # columns of a table that goes to a file or pipe
 
 def opened(folder: Path, records: Path | None) -> tuple[Any, Any]:
     """The laboratory of a folder and its records."""
-    from ctsft.lab.experiments import Records, read_laboratory
+    from ctsft.lab.experiments import read_laboratory
+    from ctsft.lab.records import Records
 
     if not (folder / "defaults.toml").exists():
         raise CTError(
@@ -47,7 +48,8 @@ def list_experiments(
     protocol: Protocol = "honest",
 ) -> None:
     """Show the experiments, and how much of each has been run."""
-    from ctsft.lab.experiments import arms, due, finals
+    from ctsft.lab.experiments import arms
+    from ctsft.lab.rates import due, finals
 
     laboratory, known = opened(experiments, records)
     table = Table("experiment", "source", "title", "arms", "complete", "runs kept")
@@ -101,9 +103,9 @@ def run_experiments(
         raise typer.Exit(130) from None
     for name in chosen:
         show_tables(laboratory, name, known, profile, protocol)
-    if probed := [known[key] for key in report.finished if known[key]["spec"]["probes"]]:
-        share = sum(sum(r["probe_seconds"].values()) for r in probed) / sum(max(r["seconds"], 1e-9) for r in probed)
-        every_n = sorted({r["spec"]["probe_every"] for r in probed})
+    if probed := [known[key] for key in report.finished if known[key].spec.probes]:
+        share = sum(sum(r.probe_seconds.values()) for r in probed) / sum(max(r.seconds, 1e-9) for r in probed)
+        every_n = sorted({r.spec.probe_every for r in probed})
         err.print(
             f"probes took {share:.0%} of the training time of {len(probed)} runs, at an interval of {every_n} updates"
         )

@@ -18,9 +18,11 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_toml
-from ctsft.lab.experiments import Laboratory, Spec, Strict
+from ctsft.lab.experiments import Laboratory
 from ctsft.lab.metrics import UPDATES, Row, chosen, known, measured, rows, short, updates
+from ctsft.lab.records import Record
 from ctsft.lab.schedule import parse_schedule
+from ctsft.lab.spec import Spec, Strict
 from ctsft.lab.stats import LEVEL, SEEDS, Test, all_hold, correlation_z, fisher, holm, one_fails, slope, t_test
 
 OPEN = {"lr", "seed", "probes", "evaluate", "probe_every"}  # fields that tell no arms of a claim apart
@@ -237,7 +239,7 @@ class Runs:
                 told.append(f"{row.name} [{label}] has {len(row.records)} of {len(row.seeds)} seeds")
                 continue
             found = {s: v for s, v in zip(row.seeds, measured(row, pool, metric), strict=True) if v is not None}
-            if found or any(r["diverged"] for r in row.records):
+            if found or any(r.diverged for r in row.records):
                 return Cell(label, row, metric, found)
             told.append(f"{metric} is not measured in {row.name} [{label}]")
         raise NotRun(told[0])
@@ -449,7 +451,7 @@ class _Judged:
 def judge(
     claims: Sequence[Claim],
     laboratory: Laboratory,
-    records: Mapping[str, dict[str, Any]],
+    records: Mapping[str, Record],
     profile: str = "full",
 ) -> Verdicts:
     """The verdict on every claim from the records that exist. The correction counts all claims, run or not.
@@ -523,7 +525,7 @@ def _means(cells: Sequence[Cell]) -> str:
 def _remarks(cells: Sequence[Cell]) -> list[str]:
     """What a reader must know of the runs: rates that are not bracketed, runs that diverged."""
     loose = {c.label: None for c in cells if c.row.tuned and not c.row.bracketed}
-    lost = {c.label: sum(r["diverged"] for r in c.row.records) for c in cells}
+    lost = {c.label: sum(r.diverged for r in c.row.records) for c in cells}
     out = [f"learning rate not bracketed: {'; '.join(loose)}"] if loose else []
     return out + [f"{n} runs of {label} diverged" for label, n in lost.items() if n]
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import escape
 
 from ctsft.errors import CTError
-from ctsft.lab.experiments import Figure, Spec
+from ctsft.lab.experiments import Figure
 from ctsft.lab.metrics import MEASURES, UNREAD, Row, chosen, field_of, known, measured
 from ctsft.lab.metrics import SERIES as PROBED
+from ctsft.lab.records import Record
+from ctsft.lab.spec import Spec
 from ctsft.lab.stats import SEEDS, t_test
 from ctsft.pages.plot import LIGHT, LINE_COLOURS, plot
 from ctsft.pages.words import words
@@ -188,8 +190,8 @@ def picture(name: str, figure: Figure, found: Sequence[Row], beside: Sequence[Fi
     every = in_order(key_of(row, fields) for row in alike)
     every = every if set(keys) <= set(every) else keys
     looks = {key: look for key, look in zip(every, styles(every), strict=True) if key in keys}
-    shapes = {Path(row.spec.model).name: row.records[0]["adapted"]["shapes"] for row in here}
-    draw = drawing(figure, lines, looks, ticks, {k: [tuple(s) for s in v] for k, v in shapes.items() if v})
+    shapes = {Path(row.spec.model).name: row.records[0].adapted.shapes for row in here}
+    draw = drawing(figure, lines, looks, ticks, {k: v for k, v in shapes.items() if v})
     legend = [(describe(fields, key), *look) for key, look in looks.items() if key]
     if figure.paper:
         legend.append(("the paper's figures", "ink", "ring"))
@@ -270,18 +272,18 @@ def curves(figure: Figure, row: Row, fields: Sequence[str]) -> list[Line]:
     return out
 
 
-def curves_of(figure: Figure, record: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Iterable[tuple[float, Any]]]]:
+def curves_of(figure: Figure, record: Record) -> list[tuple[tuple[str, ...], Iterable[tuple[float, Any]]]]:
     """One run's curves, each with what sets it apart from the others of the run (the order of an ablation)."""
     root, *path = figure.y.split(".")
     if figure.x == "kept":
-        found = record["measures"].get(root)
+        found: Any = record.measures.get(root)
         for part in path:
             found = (found or {}).get(part)
         many = found if isinstance(next(iter((found or {}).values()), None), dict) else {"": found or {}}
         return [((order,) if order else (), [(float(k), y) for k, y in ys.items()]) for order, ys in many.items()]
     if root == "train_loss":
-        return [((), enumerate(record["train_loss"]))]
-    series = record["heldout"] if root == "heldout" else record["probes"].get(root, [])
+        return [((), enumerate(record.train_loss))]
+    series: Sequence[tuple[int, Any]] = record.heldout if root == "heldout" else record.probes.get(root, [])
     return [((), [(x, y[path[0]] if path else y) for x, y in series])]
 
 
@@ -427,7 +429,7 @@ def heat(name: str, figure: Figure, here: Sequence[Row]) -> Picture:
     for row in here:
         found: dict[tuple[str, int], list[float]] = {}
         for record in row.records:
-            for update, values in record["probes"].get(figure.y, []):
+            for update, values in record.probes.get(figure.y, []):
                 for matrix, value in values.items():
                     if value is not None:
                         found.setdefault((matrix, update), []).append(value)

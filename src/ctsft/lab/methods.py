@@ -33,8 +33,8 @@ from ctsft.adapter.model import find_targets
 from ctsft.adapter.store import adapted
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
-from ctsft.lab.experiments import Spec
 from ctsft.lab.schedule import counted_parameters
+from ctsft.lab.spec import Spec
 from ctsft.spectral.decompose import effective_rank, singular_values
 from ctsft.spectral.weights import matrix
 

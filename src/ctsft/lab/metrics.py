@@ -11,10 +11,12 @@ from typing import Any
 
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
-from ctsft.lab.experiments import Experiment, Laboratory, Spec, Table, arms, finals
+from ctsft.lab.experiments import Experiment, Laboratory, Table, arms
+from ctsft.lab.rates import finals
+from ctsft.lab.records import Record
 from ctsft.lab.schedule import counted_parameters, k_at
+from ctsft.lab.spec import Spec
 
-Record = Mapping[str, Any]
 UPDATES = re.compile(r"\d+(/k)?")
 AHEAD = re.compile(r"ahead_of_k(\d+)")
 
@@ -74,13 +76,13 @@ def value(record: Record, metric: str) -> float | None:
     if metric in METRICS:
         return _number(metric, METRICS[metric](record))
     if metric in Spec.model_fields:
-        return _number(metric, record["spec"][metric])
+        return _number(metric, getattr(record.spec, metric))
     if sign and name in ("train_loss", "heldout_loss"):
         return _number(metric, _after(record, name, _update(record, metric, at)))
-    if root in SERIES or root in record["probes"]:
-        return _series(metric, record["probes"].get(root, []), rest, _update(record, metric, at) if sign else None)
-    if root in MEASURES or root in record["measures"]:
-        return _number(metric, _reach(record["measures"].get(root), rest))
+    if root in SERIES or root in record.probes:
+        return _series(metric, record.probes.get(root, []), rest, _update(record, metric, at) if sign else None)
+    if root in MEASURES or root in record.measures:
+        return _number(metric, _reach(record.measures.get(root), rest))
     raise CTError(f"there is no metric {metric!r}; {known(metric)}.")
 
 
@@ -106,7 +108,7 @@ def _number(metric: str, found: Any) -> float | None:
 def _update(record: Record, metric: str, at: str) -> int:
     if not UPDATES.fullmatch(at):
         raise CTError(f"{metric!r} needs a number of updates after the @, such as @40, or @1280/k for a budget.")
-    return updates(at, record["spec"]["k"])
+    return updates(at, record.spec.k)
 
 
 def updates(text: str, k: int) -> int:
@@ -117,9 +119,9 @@ def updates(text: str, k: int) -> int:
 
 def _after(record: Record, name: str, updates: int) -> Any:
     if name == "train_loss":
-        losses = record["train_loss"]
+        losses = record.train_loss
         return losses[updates] if updates < len(losses) else None
-    return next((loss for done, loss in record["heldout"] if done == updates), None)
+    return next((loss for done, loss in record.heldout if done == updates), None)
 
 
 def _reach(found: Any, path: str) -> Any:
@@ -136,7 +138,7 @@ def _reach(found: Any, path: str) -> Any:
     return None
 
 
-def _series(metric: str, series: list[list[Any]], path: str, at: int | None) -> float | None:
+def _series(metric: str, series: Sequence[tuple[int, Any]], path: str, at: int | None) -> float | None:
     key, _, last = path.rpartition(".")
     reduce = REDUCE.get(last)
     path = path if reduce is None else key
@@ -148,11 +150,11 @@ def _series(metric: str, series: list[list[Any]], path: str, at: int | None) -> 
 
 
 def _last(record: Record) -> float | None:
-    return None if record["diverged"] else record["train_loss"][-1]
+    return None if record.diverged else record.train_loss[-1]
 
 
 def _last_heldout(record: Record) -> float | None:
-    return None if record["diverged"] else record["heldout"][-1][1]
+    return None if record.diverged else record.heldout[-1][1]
 
 
 def _drop(first: float | None, last: float | None) -> float | None:
@@ -160,22 +162,22 @@ def _drop(first: float | None, last: float | None) -> float | None:
 
 
 def _loss_drop(record: Record) -> float | None:
-    return _drop(record["train_loss"][0], _last(record)) if record["train_loss"] else None
+    return _drop(record.train_loss[0], _last(record)) if record.train_loss else None
 
 
 def _k_steps(record: Record) -> float:
-    spec = record["spec"]
-    if not spec["schedule"]:
-        return float(spec["k"] * spec["steps"])
-    return float(sum(k_at(spec["schedule"], step, spec["steps"]) for step in range(spec["steps"])))
+    spec = record.spec
+    if not spec.schedule:
+        return float(spec.k * spec.steps)
+    return float(sum(k_at(spec.schedule, step, spec.steps) for step in range(spec.steps)))
 
 
 def _param_steps(record: Record) -> float | None:
-    if record["counted"] is None:
+    if record.counted is None:
         return None
-    if not record["spec"]["schedule"]:
-        return float(record["counted"] * record["spec"]["steps"])
-    return _k_steps(record) * counted_parameters(1, [(o, i) for o, i in record["adapted"]["shapes"]])
+    if not record.spec.schedule:
+        return float(record.counted * record.spec.steps)
+    return _k_steps(record) * counted_parameters(1, record.adapted.shapes)
 
 
 def _per_10k(record: Record, count: float | None) -> float | None:
@@ -184,8 +186,8 @@ def _per_10k(record: Record, count: float | None) -> float | None:
 
 
 def _monotonic_share(record: Record) -> float | None:
-    losses = record["train_loss"]
-    if record["spec"]["batches"] != "fixed" or len(losses) < 2 or None in losses:
+    losses = [loss for loss in record.train_loss if loss is not None]
+    if record.spec.batches != "fixed" or len(losses) < 2 or len(losses) < len(record.train_loss):
         return None
     return statistics.fmean(after < before for before, after in itertools.pairwise(losses))
 
@@ -193,22 +195,22 @@ def _monotonic_share(record: Record) -> float | None:
 # The metrics that are computed, by name; `trained` and others are numbers of the record itself.
 METRICS: dict[str, Callable[[Record], Any]] = {
     **{
-        name: lambda record, name=name: record[name]  # type: ignore[misc]
+        name: lambda record, name=name: getattr(record, name)  # type: ignore[misc]
         for name in ("trained", "counted", "adapter_bytes", "memory_bytes", "tokens", "flops", "seconds")
     },
-    "matrices": lambda record: record["adapted"]["matrices"],
-    "first_loss": lambda record: record["train_loss"][0] if record["train_loss"] else None,
-    "train_loss": lambda record: _last(record) if record["train_loss"] else None,
-    "best_loss": lambda record: min((x for x in record["train_loss"] if x is not None), default=None),
-    "first_heldout": lambda record: record["heldout"][0][1],
+    "matrices": lambda record: record.adapted.matrices,
+    "first_loss": lambda record: record.train_loss[0] if record.train_loss else None,
+    "train_loss": lambda record: _last(record) if record.train_loss else None,
+    "best_loss": lambda record: min((x for x in record.train_loss if x is not None), default=None),
+    "first_heldout": lambda record: record.heldout[0][1],
     "heldout_loss": _last_heldout,
     "loss_drop": _loss_drop,
-    "heldout_drop": lambda record: _drop(record["heldout"][0][1], _last_heldout(record)),
+    "heldout_drop": lambda record: _drop(record.heldout[0][1], _last_heldout(record)),
     "k_steps": _k_steps,
     "param_steps": _param_steps,
-    "drop_per_10k_counted": lambda record: _per_10k(record, record["counted"]),
-    "drop_per_10k_trained": lambda record: _per_10k(record, record["trained"]),
-    "seconds_per_step": lambda record: record["seconds"] / record["spec"]["steps"] if record["spec"]["steps"] else None,
+    "drop_per_10k_counted": lambda record: _per_10k(record, record.counted),
+    "drop_per_10k_trained": lambda record: _per_10k(record, record.trained),
+    "seconds_per_step": lambda record: record.seconds / record.spec.steps if record.spec.steps else None,
     "monotonic_share": _monotonic_share,
 }
 
@@ -225,7 +227,7 @@ class Row:
     lr: float | None  # None: the learning rate is still being tuned
     bracketed: bool  # worse rates were seen on both sides of lr
     seeds: tuple[int, ...]
-    records: list[dict[str, Any]]
+    records: list[Record]
     tuned: bool = field(default=True)  # False: the arm has one given rate, so there is nothing to bracket
 
     @property
@@ -234,7 +236,7 @@ class Row:
 
     def values(self, metric: str) -> list[float | None]:
         """One number for every seed in `seeds`, in order; None for a run that is missing, or lacks the metric."""
-        found = {r["spec"]["seed"]: value(r, metric) for r in self.records}
+        found = {r.spec.seed: value(r, metric) for r in self.records}
         return [found.get(seed) for seed in self.seeds]
 
     def mean(self, metric: str) -> float | None:
@@ -259,7 +261,7 @@ def sd(values: Sequence[float | None]) -> float | None:
 def rows(
     laboratory: Laboratory,
     name: str,
-    records: Mapping[str, dict[str, Any]],
+    records: Mapping[str, Record],
     profile: str = "full",
     protocol: str = "honest",
 ) -> list[Row]:
@@ -333,7 +335,7 @@ def ahead(row: Row, rows: Sequence[Row], rival: int) -> list[float | None]:
     others = [r for r in others if all(getattr(r.spec, f) == getattr(row.spec, f) for f in same)]
     if rival == row.spec.k or len(others) != 1:
         return [None] * len(row.seeds)
-    runs = [{r["spec"]["seed"]: r["train_loss"] for r in one.records} for one in (row, others[0])]
+    runs = [{r.spec.seed: r.train_loss for r in one.records} for one in (row, others[0])]
     return [_from(runs[0].get(seed, []), runs[1].get(seed, []), row.spec.k, rival) for seed in row.seeds]
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctsft.files import write_text
-from ctsft.lab.experiments import Laboratory, arms, choose_rate
+from ctsft.lab.experiments import Laboratory, arms
 from ctsft.lab.figures import GLYPHS, RAMP, axis, check, picture, told, varying
 from ctsft.lab.metrics import Row, chosen, rows, table
+from ctsft.lab.rates import choose_rate
+from ctsft.lab.records import Record
 from ctsft.pages.plot import COLOURS, LINE_COLOURS
 from ctsft.pages.render import environment
 from ctsft.pages.words import duration, size, words
@@ -29,7 +31,7 @@ SOURCES = {"derived": "arithmetic on the papers' figures", "ours": "our own expe
 
 def write_lab_report(
     laboratory: Laboratory,
-    records: Mapping[str, dict[str, Any]],
+    records: Mapping[str, Record],
     verdicts: Sequence["Verdict"],
     path: Path,
     profile: str = "full",
@@ -65,7 +67,7 @@ def write_lab_report(
 
 
 def section(
-    laboratory: Laboratory, name: str, records: Mapping[str, dict[str, Any]], profile: str, protocol: str
+    laboratory: Laboratory, name: str, records: Mapping[str, Record], profile: str, protocol: str
 ) -> dict[str, Any]:
     """All that the page says of the experiment `name`."""
     experiment, found = laboratory.experiments[name], rows(laboratory, name, records, profile, protocol)
@@ -87,7 +89,7 @@ def section(
         ],
         "recipe": recipe(laboratory, name, found, records, profile, protocol),
         "common": common(found),
-        "machines": sorted({words(record["machine"]) for record in ran}),
+        "machines": sorted({words(record.machine) for record in ran}),
     }
 
 
@@ -123,7 +125,7 @@ def recipe(
     laboratory: Laboratory,
     name: str,
     found: Sequence[Row],
-    records: Mapping[str, dict[str, Any]],
+    records: Mapping[str, Record],
     profile: str,
     protocol: str,
 ) -> list[dict[str, Any]]:

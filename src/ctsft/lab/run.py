@@ -27,9 +27,10 @@ from ctsft.data.rows import BUILTIN as BUILTIN_TEXTS
 from ctsft.data.rows import READABLE, load_corpus
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions
-from ctsft.lab.experiments import FORMAT, PAPER_LR, TUNE_SEEDS, Spec, replaced
 from ctsft.lab.methods import Equipped, equip
+from ctsft.lab.records import Record, finite
 from ctsft.lab.schedule import k_at
+from ctsft.lab.spec import PAPER_LR, TUNE_SEEDS, Spec, replaced
 from ctsft.models.load import BUILTIN as BUILTIN_MODELS
 from ctsft.models.load import Loaded, load_model
 from ctsft.spectral.basis import generator
@@ -230,11 +231,8 @@ def replay_prefix(model: nn.Module, kept: int) -> Replay:
 # ----------------------------------------------------------------------------------------------------------- one run
 
 
-def run(spec: Spec) -> dict[str, Any]:
-    """Train and measure what `spec` says; the record, in the layout that `experiment.Records` keeps.
-
-    Losses are mean nats per predicted token. Raises CTError where the model, text or adapter cannot be had.
-    """
+def run(spec: Spec) -> Record:
+    """Train and measure what `spec` says. Raises CTError where the model, text or adapter cannot be had."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the first loss")  # an untied head is what was asked for
         warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
@@ -309,7 +307,7 @@ class Run:
         with torch.no_grad():
             return self.loss(self.first).item()
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         spec, equipped = self.spec, self.equipped
         # A tuning run on one batch is judged by that batch, so nothing else is measured.
         tuning = spec.seed in TUNE_SEEDS and spec.batches == "fixed"
@@ -358,14 +356,8 @@ class Run:
                 order: probe.ablation(self.model, self.fixed_loss, kept, order, spec.seed) for order in ABLATIONS
             }
         done = len(self.train_loss) if spec.batches == "fresh" else len(self.train_loss) - 1
-        return {
-            "format": FORMAT,
-            "spec": spec.model_dump(mode="json"),
-            "adapted": {
-                "matrices": len(equipped.shapes),
-                "names": equipped.names,
-                "shapes": [list(s) for s in equipped.shapes],
-            },
+        measured = {
+            "adapted": {"matrices": len(equipped.shapes), "names": equipped.names, "shapes": equipped.shapes},
             "trained": equipped.trained,
             "counted": equipped.counted(k),
             "adapter_bytes": equipped.adapter_bytes() if spec.schedule else self.adapter_bytes,
@@ -374,14 +366,15 @@ class Run:
             "flops": flops * done,
             "seconds": round(seconds, 3),
             "train_loss": [round(loss, 6) for loss in self.train_loss],
-            "heldout": [[step, round(loss, 6)] for step, loss in self.heldout],
-            "probes": {name: [[update, brief(found)] for update, found in s] for name, s in self.probes.series.items()},
+            "heldout": [(step, round(loss, 6)) for step, loss in self.heldout],
+            "probes": {name: [(update, brief(found)) for update, found in s] for name, s in self.probes.series.items()},
             "probe_seconds": self.probes.seconds,
             "measures": measures,
             "diverged": diverged,
             "versions": versions(),
             "machine": {"processor": cpu_name(), "threads": torch.get_num_threads()},
         }
+        return Record(spec=spec, **finite(measured))
 
 
 def brief(found: Any) -> Any:

@@ -36,11 +36,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ctsft.errors import CTError, needs
-from ctsft.lab.experiments import TUNE_SEEDS, Arm, Records, Spec, due
+from ctsft.lab.rates import due
+from ctsft.lab.records import Record, Records
+from ctsft.lab.spec import TUNE_SEEDS, Arm, Spec
 
 RETRIES = 2  # of a run whose worker died
 
-Run = Callable[[Spec], dict[str, Any]] | str  # a function that a worker can import, or its name: "ctsft.lab.run:run"
+Run = Callable[[Spec], Record] | str  # a function that a worker can import, or its name: "ctsft.lab.run:run"
 
 
 class Failure(NamedTuple):
@@ -54,7 +56,7 @@ class Workers(NamedTuple):
     """So many runs at once. A future that ends in an exception has lost its worker; a run's own is in its Failure."""
 
     slots: int
-    submit: Callable[[Spec], Future[dict[str, Any] | Failure]]
+    submit: Callable[[Spec], Future[Record | Failure]]
 
 
 Engine = Callable[[Run], AbstractContextManager[Workers]]  # leaving it ends the workers, whatever they are at
@@ -81,12 +83,12 @@ class Report:
 # ------------------------------------------------------------------------------------------------------------ engines
 
 
-def attempt(run: Run, spec: Spec) -> dict[str, Any] | Failure:
+def attempt(run: Run, spec: Spec) -> Record | Failure:
     """What a worker does. Exceptions end here, since not every one survives the way to another process."""
     try:
-        function: Callable[[Spec], dict[str, Any]] = pkgutil.resolve_name(run) if isinstance(run, str) else run
+        function: Callable[[Spec], Record] = pkgutil.resolve_name(run) if isinstance(run, str) else run
         record = function(spec)
-        if Spec(**record["spec"]) != spec:
+        if record.spec != spec:
             raise ValueError("the record is that of another spec")
         return record
     except Exception as error:
@@ -120,8 +122,8 @@ def cores() -> int:
 def in_process(run: Run) -> Iterator[Workers]:
     """One run after the other in this process, on its threads. A run that kills its process kills the sweep."""
 
-    def submit(spec: Spec) -> Future[dict[str, Any] | Failure]:
-        future: Future[dict[str, Any] | Failure] = Future()
+    def submit(spec: Spec) -> Future[Record | Failure]:
+        future: Future[Record | Failure] = Future()
         future.set_result(attempt(run, spec))
         return future
 
@@ -143,9 +145,9 @@ def processes(workers: int, threads: int = 1) -> Engine:
             return ProcessPoolExecutor(1, spawn, start_worker, (lifeline, threads))
 
         pools = [pool() for _ in range(workers)]
-        last: list[Future[dict[str, Any] | Failure] | None] = [None] * workers
+        last: list[Future[Record | Failure] | None] = [None] * workers
 
-        def submit(spec: Spec) -> Future[dict[str, Any] | Failure]:
+        def submit(spec: Spec) -> Future[Record | Failure]:
             i = next(i for i, future in enumerate(last) if future is None or future.done())
             try:
                 future = pools[i].submit(attempt, run, spec)
@@ -350,12 +352,12 @@ def sweep(
     """
     began, report = time.monotonic(), Report()
     rounds = Rounds(list(arms), records, report.failed)
-    running: dict[Future[dict[str, Any] | Failure], tuple[Spec, float]] = {}
+    running: dict[Future[Record | Failure], tuple[Spec, float]] = {}
 
     def at_work() -> list[str]:
         return [spec.key for spec, _ in running.values()]
 
-    def settle(future: Future[dict[str, Any] | Failure]) -> str:
+    def settle(future: Future[Record | Failure]) -> str:
         spec, started = running[future]
         lost = future.exception()
         if lost and report.retried[spec.key] < RETRIES:
@@ -397,7 +399,7 @@ def sweep(
     return report
 
 
-def kept(outcome: dict[str, Any] | Failure, records: Records) -> dict[str, Any] | Failure:
+def kept(outcome: Record | Failure, records: Records) -> Record | Failure:
     """`outcome`, added to the records if it is one; a Failure if it cannot be written as JSON."""
     if not isinstance(outcome, Failure):
         try:

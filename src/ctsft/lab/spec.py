@@ -1,0 +1,98 @@
+"""What one run is: a *spec* is one training run, whole; an *arm* is a spec without its learning rate and seed.
+
+The rate is tuned for every arm by the same rule, then the arm is run with every seed. Nothing here imports torch.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ctsft.choices import BasisKind, Probe, UniversalMode, WeightFrom
+from ctsft.lab.schedule import parse_schedule
+
+TUNE_SEEDS = range(1000, 1100)  # never among the seeds that a claim is judged on
+PAPER_LR = 5e-3
+
+Method = Literal["diagonal", "core", "scores", "full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms"]
+Protocol = Literal["honest", "paper"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Spec(Strict):
+    """One training run. Two equal specs give the same numbers on the same machine."""
+
+    model: str = "photonic"
+    tied: bool = Field(default=True, description="False: a random output head of its own, the bug of papers 81 and 82")
+    text: str = Field(default="sql", description="what `corpus.load_corpus` takes; read as one stream of tokens")
+    method: Method = "diagonal"
+    k: Annotated[int, Field(ge=0)] = Field(default=32, description="directions, or rank; 0 where there are none")
+    basis: BasisKind = "weight"
+    weight_from: WeightFrom = "top"
+    universal_mode: UniversalMode = "residual"
+    allocation: Literal["uniform", "effective_rank"] = Field(default="uniform", description="K per matrix (paper 84)")
+    targets: Literal["paper", "blocks", "last2", "last2+head"] = Field(
+        default="paper", description="paper: all block matrices and the token embedding, the tied head with it"
+    )
+    schedule: str = Field(default="", description="K over the steps, such as 8>16@1/2; then k is its first K")
+    carry: bool = Field(default=False, description="carry the optimizer's state over a change of K; papers reset it")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    batches: Literal["fixed", "fresh"] = Field(default="fixed", description="the same batch every step, or new text")
+    batch: Annotated[int, Field(ge=1)] = Field(default=2, description="sequences a step")
+    length: Annotated[int, Field(ge=2)] = Field(default=127, description="tokens a sequence")
+    steps: Annotated[int, Field(ge=0)] = 40
+    decay: Literal["constant", "linear"] = "constant"
+    lr: Annotated[float, Field(gt=0)] = PAPER_LR
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    evaluate: tuple[int, ...] = Field(default=(), description="steps with a held-out loss, beside the first and last")
+    probes: tuple[Probe, ...] = ()
+    probe_every: Annotated[int, Field(ge=1)] = 10
+    ablate: bool = Field(default=False, description="zero trained directions after training (paper 85)")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def possible(self) -> "Spec":
+        if self.schedule and parse_schedule(self.schedule)[0][1] != self.k:
+            raise ValueError(f"k={self.k} is not the first K of the schedule {self.schedule}")
+        return self
+
+    @property
+    def key(self) -> str:
+        """The name of this run's record: readable, and ended by a hash of every field that is not the default."""
+        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        short = Path(self.model).name.lower()
+        return f"{short}-{self.method}-k{self.k}-{xxhash.xxh3_64_hexdigest(text.encode())}"
+
+
+class Arm(Strict):
+    """A spec whose learning rate and seed are open."""
+
+    name: str
+    spec: Spec
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...] = Field(description="where the grid starts; one rate only: it is not tuned")
+    tune_seeds: int = 1
+    tune_steps: int | None = Field(default=None, description="tune on runs of so many steps, None: of all steps")
+
+    @property
+    def tunes(self) -> bool:
+        return len(self.rates) > 1 and self.spec.steps > 0
+
+    def tuning(self, lr: float) -> list[Spec]:
+        steps = self.spec.steps if self.tune_steps is None else min(self.tune_steps, self.spec.steps)
+        measuring = ("probes", "probe_every", "ablate", "evaluate")  # so that arms that differ in these share the runs
+        plain: dict[str, Any] = {name: Spec.model_fields[name].default for name in measuring}
+        plain |= {"lr": lr, "steps": steps}
+        return [replaced(self.spec, **plain, seed=seed) for seed in TUNE_SEEDS[: self.tune_seeds]]
+
+    def final(self, lr: float) -> list[Spec]:
+        return [replaced(self.spec, lr=lr, seed=seed) for seed in self.seeds]
+
+
+def replaced(spec: Spec, **changes: Any) -> Spec:
+    return Spec(**spec.model_dump() | changes)
