@@ -12,9 +12,9 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv and install ctsft with its tools, again only after pyproject.toml or constraints.txt changed
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml packages/ctsft-photonic/pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install -e packages/ctsft-photonic -e '.[dev]' -c constraints.txt
 	@touch $@
 
 # Threads beyond the cores cost more than they bring. A value from the environment stands.
@@ -44,5 +44,5 @@ format: setup ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 
 clean: ## remove .venv and caches; runs/ stays
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/ctsft.egg-info
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/ctsft.egg-info packages/*/build packages/*/src/*.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

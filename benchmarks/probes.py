@@ -4,22 +4,19 @@ together.
     python benchmarks/probes.py --model ~/models/smollm2-135m
 """
 
-from pathlib import Path
-
 import common as c
 import torch
 
-import ctsft.models.photonic
 from ctsft.choices import PROBES
+from ctsft.models.load import resolve
 from ctsft.probe import SAMPLES, Probes
 
 ROWS = SAMPLES  # of a batch: as few as gradient_snr takes
 SEEN = 50  # updates that diversity has behind it: its cost grows with them
-PHOTONIC = Path(ctsft.models.photonic.__file__).parent / "photonic10m"
 
 
 def main(argv: list[str] | None = None) -> str:
-    args = c.parse(c.parser(__doc__, model=str(PHOTONIC), tokens=64 * ROWS, repeats=9), argv)
+    args = c.parse(c.parser(__doc__, model=str(resolve("photonic")), tokens=64 * ROWS, repeats=9), argv)
     base = c.load(args, inputs=False)
     batch = c.batch_for(base, args.tokens, ROWS)
     model = c.adapt(base, c.ours(args))

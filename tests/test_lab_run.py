@@ -8,7 +8,7 @@ from ctsft.lab import run as lab
 from ctsft.lab.metrics import value
 from ctsft.lab.records import Records
 from ctsft.lab.spec import Spec, replaced
-from ctsft.models.load import PHOTONIC, load_tokenizer
+from ctsft.models.load import load_tokenizer, resolve
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
 METHODS = ("diagonal", "core", "scores", "full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms")
@@ -174,9 +174,9 @@ def test_what_is_not_there_is_named(tmp_path, monkeypatch):
         lab.windows(torch.arange(100), spec(length=5000), "batch", 0)
 
 
-def test_the_laboratory_s_own_model_lies_in_the_package():
-    assert lab.absent(Spec()) == "" and PHOTONIC.is_dir()
-    assert json.loads((PHOTONIC / "config.json").read_text())["vocab_size"] == 15_007
+def test_the_laboratory_s_own_model_lies_in_its_package():
+    assert lab.absent(Spec()) == "" and resolve("photonic").is_dir()
+    assert json.loads((resolve("photonic") / "config.json").read_text())["vocab_size"] == 15_007
 
 
 def test_the_first_held_out_loss_is_kept_only_for_the_untouched_model(monkeypatch):

@@ -383,6 +383,12 @@ def test_photonic_beats_the_counts_of_words_and_knows_its_books():
     assert card["heldout_loss_as_kept"] < card["unigram_entropy"] - 1
 
 
+def test_photonic_s_weights_are_a_package_that_may_be_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ctsft_photonic", None)
+    with pytest.raises(CTError, match=r"^The weights of photonic .*pip install 'ctsft\[lab\]', or in a checkout .*\.$"):
+        resolve("photonic")
+
+
 def test_photonic_tokenizer_gives_back_every_text():
     tokenizer = load_tokenizer("photonic")
     assert len(tokenizer) == 15_007 and tokenizer.model_max_length == 128

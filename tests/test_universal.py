@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import ctsft
 from ctsft.errors import CTError
-from ctsft.models.load import PHOTONIC, load_skeleton
+from ctsft.models.load import load_skeleton, resolve
 from ctsft.spectral import universal, weights
 from ctsft.spectral.decompose import principal_directions
 from ctsft.spectral.universal import Checkpoint, universal_basis
@@ -91,7 +91,7 @@ def test_the_values_are_the_squared_singular_values_of_all_rows_stacked(tmp_path
 def test_the_built_in_model(monkeypatch):
     monkeypatch.setattr(weights, "ROWS", 8192)
     monkeypatch.setattr(universal, "ROWS", 8192)
-    loaded = AutoModelForCausalLM.from_pretrained(PHOTONIC, dtype="auto")
+    loaded = AutoModelForCausalLM.from_pretrained(resolve("photonic"), dtype="auto")
     members = universal_members(loaded, 256)
     basis = ctsft.universal_basis("photonic")
     assert_same_bits(basis.directions, principal_directions(universal_gram(members, 256), 256))

@@ -1,7 +1,9 @@
 """The one exception that a user's mistake raises, and the ways from a library's error to its one sentence."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import requires
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,17 +14,23 @@ class CTError(ValueError):
     """A user's mistake, told in one sentence: what is wrong and what to do about it."""
 
 
+def extra_with(package: str) -> str:
+    """The first extra of ctsft that asks for `package` (a name with - for _), as installed; `all` where none does."""
+    asked = (re.match(r"([\w.-]+).*extra == .([\w-]+)", line) for line in requires("ctsft") or ())
+    return next((found[2] for found in asked if found and found[1].lower().replace("_", "-") == package), "all")
+
+
 @contextmanager
-def needs(extra: str) -> Iterator[None]:
+def needs(extra: str = "") -> Iterator[None]:
     """Around imports: a package that is not installed becomes one CTError, which names the extra that has it."""
     try:
         yield
     except ModuleNotFoundError as error:
-        missing = (error.name or "ctsft").partition(".")[0]
+        missing = (error.name or "ctsft").partition(".")[0].lower().replace("_", "-")
         if missing == "ctsft":
             raise
         raise CTError(
-            f"{missing.replace('_', '-')} is needed here and not installed: pip install 'ctsft[{extra}]'."
+            f"{missing} is needed here and not installed: pip install 'ctsft[{extra or extra_with(missing)}]'."
         ) from None
 
 

