@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 
+from ctsft.choices import AdapterOptions
 from ctsft.errors import CTError
-from ctsft.tune.recipe import Recipe, make_recipe, read_recipe
+from ctsft.tune.recipe import FIELDS, Recipe, make_recipe, read_recipe
 
 
 def test_defaults_are_a_recipe_and_survive_json():
@@ -15,7 +17,7 @@ def test_defaults_are_a_recipe_and_survive_json():
         "diagonal",
         "weight",
     )
-    assert make_recipe(json.loads(json.dumps(recipe.model_dump()))) == recipe
+    assert make_recipe(json.loads(json.dumps(recipe.values()))) == recipe
 
 
 def test_one_error_names_every_wrong_field():
@@ -56,7 +58,7 @@ def test_values_beyond_their_limits(wrong):
 
 @pytest.mark.parametrize("right", [{"k": {"q_proj": 4, ".*": 2}}, {"heldout": 0.5}, {"heldout": 20}, {"lr": 1e-3}])
 def test_values_within_their_limits(right):
-    assert make_recipe(right).model_dump().items() >= right.items()
+    assert make_recipe(right).values().items() >= right.items()
 
 
 def test_a_recipe_does_not_change():
@@ -75,3 +77,24 @@ def test_read_recipe_refuses_what_is_none(tmp_path, text):
     path.write_text(text)
     with pytest.raises(CTError, match=r"recipe\.json"):
         read_recipe(path)
+
+
+def test_the_options_of_an_adapter_are_those_of_its_config():
+    ours = {field.name: field for field in dataclasses.fields(Recipe)}
+    for field in dataclasses.fields(AdapterOptions):
+        assert ours[field.name].metadata["description"], field.name
+        if field.name not in ("basis_dtype", "save_dtype", "seed"):  # a run has its own words for these
+            assert ours[field.name].metadata == field.metadata and ours[field.name].default == field.default
+    assert set(FIELDS) == {*ours} and all(f.metadata["description"] for f in ours.values())
+
+
+def test_a_wrong_combination_is_told_in_the_adapters_own_words():
+    with pytest.raises(CTError, match=r"^weight_from='bottom' chooses among W's own directions; it needs"):
+        make_recipe({"weight_from": "bottom", "basis": "random"})
+
+
+def test_an_older_recipe_without_the_later_fields_is_read(tmp_path):
+    values = make_recipe({"k": {"q_proj": 4, ".*": 2}}).values()
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({n: v for n, v in values.items() if n not in ("prompt_column", "completion_column")}))
+    assert read_recipe(path) == make_recipe(values) and list(read_recipe(path).k) == ["q_proj", ".*"]

@@ -153,7 +153,7 @@ def tune(
         raise CTError("--resume continues the run in --out and --overwrite replaces it; give one of them.")
     known = out / "recipe.json"
     if resume and known.exists():
-        values = read_recipe(known).model_dump() | values
+        values = read_recipe(known).values() | values
     recipe = make_recipe({"threads": default_threads()} | values)
 
     try:

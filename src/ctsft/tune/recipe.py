@@ -1,54 +1,88 @@
 """The recipe of a fine-tuning run: every choice, with its default and its limits."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator
+from pydantic.dataclasses import dataclass
 
+from ctsft.choices import AdapterOptions, BasisDtype, ModelDtype, SaveDtype, about
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_json
 
-K = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1)]
+ADAPTER = {field.name: field for field in dataclasses.fields(AdapterOptions)}
 
 
-class Recipe(BaseModel):
+def as_chosen(name: str, default: Any = dataclasses.MISSING) -> Any:
+    """The adapter's option `name` with its description, here with limits of its type, or another `default`."""
+    default = ADAPTER[name].default if default is dataclasses.MISSING else default
+    return dataclasses.field(default=default, metadata=ADAPTER[name].metadata)
+
+
+def option(group: str, default: Any, told: str) -> Any:
+    """A choice that is none of the adapter's: `group` is its heading among the options of `ctsft tune`."""
+    return dataclasses.field(default=default, metadata=about(told) | {"group": group})
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class Recipe(AdapterOptions):
     """What `ctsft tune` does. Unknown fields are refused; a finished run carries its recipe in run.json."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    k: Count | Annotated[dict[str, Count], Field(min_length=1)] = as_chosen("k")
+    target_modules: list[str] | None = as_chosen("target_modules")
+    amplitude_dropout: Annotated[float, Field(ge=0, lt=1)] = as_chosen("amplitude_dropout")
+    basis_dtype: Literal["auto"] | BasisDtype = dataclasses.field(  # type: ignore[assignment]
+        default="auto",
+        metadata=about("Of the directions: `float32`, `bfloat16`, or `auto`, the model's if it can be."),
+    )
+    save_dtype: SaveDtype = dataclasses.field(
+        default="float16",
+        metadata=about("Of the trained numbers in the file; the run scores what the file holds."),
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = dataclasses.field(
+        default=0, metadata=about("Of the data split, its order and random bases.")
+    )
 
-    model: str = "smollm2-135m"
-    data: str = "sql"
-    k: K | Annotated[dict[str, K], Field(min_length=1)] = Field(
-        default=64, description="directions per matrix, or {module pattern: K}"
+    model: str = option(
+        "Model and data",
+        "smollm2-135m",
+        "Built-in name (smollm2-135m, photonic), Hugging Face folder, .gguf file or hub id.",
     )
-    form: Literal["diagonal", "core", "scores"] = "diagonal"
-    basis: Literal["weight", "random", "universal", "gradient", "activation"] = "weight"
-    weight_from: Literal["top", "bottom", "random"] = "top"
-    universal_mode: Literal["residual", "replace"] = "residual"
-    target_modules: list[str] | None = Field(default=None, description="None: every linear layer but the head")
-    amplitude_dropout: float = Field(default=0.0, ge=0, lt=1)
-    basis_dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: the model's, if it can be"
+    data: str = option(
+        "Model and data",
+        "sql",
+        "sql (built in), a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset id.",
     )
-    store_basis: bool = False
-    save_dtype: Literal["float16", "bfloat16", "float32"] = Field(
-        default="float16", description="of the trained numbers in the file; the run scores what the file holds"
+    prompt_column: str | None = option("Model and data", None, "Name of the column with prompts, where it is another.")
+    completion_column: str | None = option("Model and data", None, "Name of the column with completions, likewise.")
+    limit: Count | None = option("Model and data", None, "Rows to train on at most; without it, all of them.")
+    heldout: Annotated[float, Field(gt=0)] = option(
+        "Model and data", 0.1, "Share (below 1) or number of rows held out and never trained on."
     )
-    steps: int = Field(default=120, ge=1)
-    batch_size: int = Field(default=8, ge=1, description="rows a step")
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = Field(
-        default="auto", description="peak of a linear schedule with 5% warm-up"
+    max_length: Annotated[int, Field(ge=2)] = option(
+        "Model and data", 512, "Tokens a row at most; longer ones are cut, and counted."
     )
-    max_length: int = Field(default=512, ge=2, description="tokens a row; longer ones are cut, and counted")
-    limit: int | None = Field(default=None, ge=1, description="rows to train on, None: all")
-    heldout: float = Field(default=0.1, gt=0, description="share of the rows held out (whole number: how many)")
-    eval_rows: int = Field(default=100, ge=1, description="held-out rows that are scored before and after")
-    samples: int = Field(default=4, ge=0, description="generations shown before and after")
-    max_new_tokens: int = Field(default=64, ge=1)
-    calibration_rows: int = Field(default=32, ge=1, description="training rows for basis gradient and activation")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    threads: int = Field(default=1, ge=1)
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    dtype: ModelDtype = option("Model and data", "auto", "Of the frozen model; `auto`: as its file has it.")
+
+    steps: Count = option("Training", 120, "Optimizer steps.")
+    batch_size: Count = option("Training", 8, "Rows a step.")
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = option(
+        "Training", "auto", "Peak of a linear schedule with 5% warm-up; `auto`: from the size of the weights."
+    )
+    calibration_rows: Count = option("Training", 32, "Training rows that `gradient` and `activation` are made from.")
+    threads: Count = option("Training", 1, "Threads of torch.")
+
+    eval_rows: Count = option("Measuring", 100, "Held-out rows that are scored before and after.")
+    samples: Annotated[int, Field(ge=0)] = option("Measuring", 4, "Generations shown before and after.")
+    max_new_tokens: Count = option("Measuring", 64, "Tokens of a generation at most.")
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise CTError(f"a recipe is frozen: {name} cannot be set, make another one.")
 
     @field_validator("heldout")
     @classmethod
@@ -63,12 +97,22 @@ class Recipe(BaseModel):
         k = self.k if isinstance(self.k, int) else "mixed"
         return f"{self.form} K={k}, {self.basis} basis"
 
+    def values(self) -> dict[str, Any]:
+        """All fields as JSON values, the model and the data first."""
+        return {"model": self.model, "data": self.data} | dataclasses.asdict(self)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
+
 
 def make_recipe(values: dict[str, Any]) -> Recipe:
     """A Recipe, or one CTError that names every wrong field."""
     try:
         return Recipe(**values)
     except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:  # all fields are right, their combination is not
+            raise first["ctx"]["error"] from None
         raise CTError(f"the recipe is wrong: {wrong_fields(error, values)}.") from None
 
 

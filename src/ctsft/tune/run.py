@@ -38,7 +38,7 @@ from ctsft.files import cpu_name, read_json, versions, wilson, write_json, write
 from ctsft.models.load import load_model
 from ctsft.spectral.weights import clean_name
 from ctsft.tune.inspect import spectra_of
-from ctsft.tune.recipe import Recipe, read_recipe
+from ctsft.tune.recipe import ADAPTER, FIELDS, Recipe, read_recipe
 from ctsft.tune.report import write_report
 
 SAVE_EVERY = 20.0  # seconds between checkpoints
@@ -344,24 +344,12 @@ def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
     )
 
 
-def ct_config(recipe: Recipe, dtype: torch.dtype) -> CTConfig:
-    """The adapter that `recipe` describes, for a model in `dtype`."""
-    names = (
-        "k",
-        "form",
-        "basis",
-        "weight_from",
-        "universal_mode",
-        "target_modules",
-        "amplitude_dropout",
-        "store_basis",
-        "seed",
-    )
-    basis_dtype = recipe.basis_dtype
-    if basis_dtype == "auto":
-        basis_dtype = "bfloat16" if dtype == torch.bfloat16 else "float32"
-    values: dict[str, Any] = {n: getattr(recipe, n) for n in names}
-    return CTConfig(task_type="CAUSAL_LM", basis_dtype=basis_dtype, **values)
+def adapter_config(recipe: Recipe, dtype: torch.dtype) -> CTConfig:
+    """The adapter of `recipe` for a model in `dtype`; until training ends its numbers are saved exactly."""
+    values = {name: getattr(recipe, name) for name in ADAPTER} | {"save_dtype": "float32"}
+    if recipe.basis_dtype == "auto":
+        values["basis_dtype"] = "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return CTConfig(task_type="CAUSAL_LM", **values)
 
 
 def check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
@@ -372,7 +360,7 @@ def check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> No
         if resume and finished:
             raise CTError(f"the run in {out} is finished; its report is {out / 'report.html'}.")
         if resume and old != recipe:
-            wrong = [n for n in Recipe.model_fields if getattr(old, n) != getattr(recipe, n)]
+            wrong = [n for n in FIELDS if getattr(old, n) != getattr(recipe, n)]
             raise CTError(f"the run in {out} was started with other {', '.join(wrong)}; resume it without giving them.")
         if not resume and not overwrite:
             state, choices = (
@@ -394,7 +382,7 @@ def claim_folder(recipe: Recipe, out: Path) -> None:
     for name in ("checkpoints", "adapter"):
         if (out / name).exists():
             shutil.rmtree(out / name)
-    write_json(out / "recipe.json", recipe.model_dump())
+    write_json(out / "recipe.json", recipe.values())
 
 
 def fit(
@@ -448,14 +436,13 @@ def tune(
     out = Path(out)
     console = console or Console(stderr=True)
     check_folder(recipe, out, resume, overwrite)
-    ct_config(recipe, torch.float32)  # its mistakes show before the model is loaded
     torch.set_num_threads(recipe.threads)
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
     with console.status(f"loading {recipe.model}"):
         loaded = load_model(recipe.model, recipe.dtype)
         model, tokenizer = loaded.model, loaded.tokenizer
-        config = ct_config(recipe, model.dtype)
+        config = adapter_config(recipe, model.dtype)
         if torch.cuda.is_available():
             model.to("cuda")  # type: ignore[arg-type]
     parameters = sum(p.numel() for p in model.parameters())
@@ -517,7 +504,7 @@ def tune(
         "format": 1,
         "name": f"{loaded.name} on {corpus.name}, {recipe.title}",
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "recipe": recipe.model_dump() | {"learning_rate": lr},
+        "recipe": recipe.values() | {"learning_rate": lr},
         "versions": versions(),
         "machine": {
             "platform": platform.platform(),
