@@ -1,5 +1,6 @@
 """Laboratories and records made up for tests: no run is made, every number is chosen."""
 
+from ctsft.lab.claims import Claim
 from ctsft.lab.experiments import Experiment, Laboratory, Profile, arms
 from ctsft.lab.records import Record
 
@@ -68,3 +69,15 @@ def run(lab, make=record, name="x"):
     """Records of all final runs, by key: `make(spec)` for each."""
     specs = [spec for arm in arms(lab, name) for spec in arm.final(arm.rates[0])]
     return {spec.key: make(spec) for spec in specs}
+
+
+def claim(predicate, **values):
+    given = {
+        "id": "1",
+        "source": "81",
+        "text": "It is so.",
+        "experiments": ["x"],
+        "metric": "train_loss",
+        "effect": 0.02,
+    }
+    return Claim(**given | {"predicate": predicate} | values)

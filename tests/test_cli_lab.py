@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from ctsft.cli import lab as cli_lab
 from ctsft.cli.main import app
 from ctsft.errors import CTError
-from ctsft.lab.metrics import rows
+from ctsft.lab.compare import arm_runs
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -125,7 +125,7 @@ def test_the_committed_verdicts_are_what_the_committed_records_say(here):
 
 def test_arms_of_the_arena_that_should_train_equally_many_numbers_do(here):
     laboratory, known = cli_lab.opened(EXPERIMENTS, None)
-    ran = [row for row in rows(laboratory, "arena", known) if row.records]
+    ran = [row for row in arm_runs(laboratory, "arena", known) if row.records]
     lora = {(row.spec.model, row.spec.k): row.mean("trained") for row in ran if row.spec.method == "lora"}
     assert len({model for model, _ in lora}) >= 2
     for row in ran:

@@ -18,7 +18,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "tune": ["recipe", "inspect", "report", "run"],
     "lab": [
         *("schedule", "spec", "records", "rates", "experiments", "methods", "run", "sweep", "metrics", "stats"),
-        *("claims", "figures", "page"),
+        *("compare", "tables", "claims", "predicates", "verdicts", "figures", "page"),
     ],
     "cli": ["lab", "main"],
 }
@@ -27,7 +27,8 @@ NO_TORCH = {
     *("errors", "choices", "files", "compat", "data.sql", "tune.recipe", "tune.report", "cli.main", "cli.lab"),
     *("pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.sweep", "lab.metrics"),
-    *("lab.stats", "lab.claims", "lab.figures", "lab.page"),
+    *("lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),
+    *("lab.figures", "lab.page"),
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
 

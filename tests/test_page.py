@@ -13,7 +13,8 @@ import pytest
 from matplotlib.figure import Figure as MatplotlibFigure
 
 from ctsft.errors import CTError
-from ctsft.lab.claims import WORDS, Artefact, Claim, Side, Verdict
+from ctsft.lab.claims import Artefact, Claim
+from ctsft.lab.compare import arm_runs
 from ctsft.lab.experiments import Experiment, Figure, Laboratory, arms
 from ctsft.lab.figures import (
     GLYPHS,
@@ -30,10 +31,12 @@ from ctsft.lab.figures import (
     styles,
     told,
 )
-from ctsft.lab.metrics import rows, table
 from ctsft.lab.page import VERDICTS, places, write_lab_report
+from ctsft.lab.predicates import Side
 from ctsft.lab.rates import choose_rate, due
 from ctsft.lab.records import Record
+from ctsft.lab.tables import table
+from ctsft.lab.verdicts import WORDS, Verdict
 
 CHROMIUM = shutil.which("chromium")
 SHAPES = [[768, 256], [256, 256], [1024, 256], [256, 1024]] * 8 + [[15007, 256]]
@@ -384,7 +387,7 @@ def test_tables_have_the_papers_figures_beside_ours(whole, page):
     laboratory, records = whole
     for name, experiment in laboratory.experiments.items():
         for wanted in experiment.tables:
-            heads, body = table(experiment, wanted, rows(laboratory, name, records))
+            heads, body = table(experiment, wanted, arm_runs(laboratory, name, records))
             for line in [heads, *body]:
                 assert " ".join(line) in page.text
 
@@ -466,7 +469,7 @@ def figure_of(name, laboratory=None, **changes):
     """The first figure of an experiment, changed, with its rows."""
     laboratory = laboratory or a_laboratory()
     figure = Figure(**laboratory.experiments[name].figures[0].model_dump() | changes)
-    return figure, rows(laboratory, name, records_of(laboratory, [name]))
+    return figure, arm_runs(laboratory, name, records_of(laboratory, [name]))
 
 
 def test_points_are_means_with_t_intervals():

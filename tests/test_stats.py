@@ -14,7 +14,6 @@ from ctsft.lab.stats import (
     correlation_z,
     holm,
     one_fails,
-    paired_t,
     slope,
     t_test,
 )
@@ -32,9 +31,9 @@ def t_tail(t, df):
 
 
 @pytest.mark.parametrize("n", [3, 5, 12])
-def test_paired_t_is_scipys_and_the_formula(n):
+def test_differences_of_pairs_are_scipys_paired_test_and_the_formula(n):
     a, b = numbers(n, seed=1), numbers(n, mean=0.5, seed=2)
-    test = paired_t(a, b, effect=0.1)
+    test = t_test([y - x for x, y in zip(a, b, strict=True)], 0.1)
     theirs = scipy_stats.ttest_rel([y - 0.1 for y in b], a, alternative="greater")
     assert test.above == pytest.approx(theirs.pvalue, rel=1e-12)
     assert test.below == pytest.approx(1 - theirs.pvalue, rel=1e-12)

@@ -117,15 +117,16 @@ def run_experiments(
 
 def show_tables(laboratory: Any, name: str, records: Any, profile: str, protocol: str) -> None:
     """An experiment's tables on standard output."""
-    from ctsft.lab import metrics as summary
+    from ctsft.lab import tables
+    from ctsft.lab.compare import arm_runs, chosen
 
     experiment = laboratory.experiments[name]
-    rows = summary.rows(laboratory, name, records, profile, protocol)
+    found = arm_runs(laboratory, name, records, profile, protocol)
     console = out_console if out_console.is_terminal else Console(width=WIDE)
     for wanted in experiment.tables:
-        if not summary.chosen(rows, wanted.where):
+        if not chosen(found, wanted.where):
             continue  # its arms are not in this profile
-        heads, cells = summary.table(experiment, wanted, rows)
+        heads, cells = tables.table(experiment, wanted, found)
         table = Table(title=f"{name}: {wanted.title}", title_justify="left")
         for head in heads:
             table.add_column(head, overflow="fold")
@@ -146,7 +147,8 @@ def verdicts(
     from collections import Counter
 
     from ctsft.files import write_text
-    from ctsft.lab.claims import judge, markdown, read_claims
+    from ctsft.lab.claims import read_claims
+    from ctsft.lab.verdicts import judge, markdown
 
     laboratory, known = opened(experiments, records)
     judged = judge(read_claims(experiments / "claims.toml"), laboratory, known, profile)
@@ -170,8 +172,9 @@ def report(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("runs/lab.html"),
 ) -> None:
     """Write one self-contained page: the claims first, then every experiment with its plots."""
-    from ctsft.lab.claims import judge, read_claims
+    from ctsft.lab.claims import read_claims
     from ctsft.lab.page import write_lab_report
+    from ctsft.lab.verdicts import judge
 
     laboratory, known = opened(experiments, records)
     judged = judge(read_claims(experiments / "claims.toml"), laboratory, known, profile)

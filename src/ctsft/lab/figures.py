@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import escape
 
 from ctsft.errors import CTError
+from ctsft.lab.compare import ArmRuns, chosen, measured
 from ctsft.lab.experiments import Figure
-from ctsft.lab.metrics import MEASURES, UNREAD, Row, chosen, field_of, known, measured
-from ctsft.lab.metrics import SERIES as PROBED
+from ctsft.lab.metrics import MEASURES, METRICS, SERIES, check_metric
 from ctsft.lab.records import Record
 from ctsft.lab.spec import Spec
 from ctsft.lab.stats import SEEDS, t_test
+from ctsft.lab.tables import UNREAD, field_of
 from ctsft.pages.plot import LIGHT, LINE_COLOURS, plot
 from ctsft.pages.words import words
 
@@ -43,43 +44,13 @@ GLYPHS = dict(
 )
 INCHES = (4.3, 2.8)
 LONGEST = 200  # points of a curve at most
-AXES = {  # what axes are called; other metrics by their own name
+AXES = {  # what axes are called that are no metric, or a part of one; a metric is called what METRICS says
     "k": "K",
+    "lr": "learning rate",
     "step": "updates",
     "kept": "directions kept",
-    "lr": "learning rate",
-    "trained": "trained numbers",
-    "counted": "numbers by the paper's count, K \N{N-ARY SUMMATION}(d_out + d_in)",
-    "seconds": "seconds of training",
-    "tokens": "tokens of training",
-    "k_steps": "K \N{MULTIPLICATION SIGN} updates",
-    "param_steps": "counted numbers \N{MULTIPLICATION SIGN} updates",
-    "adapter_bytes": "adapter, bytes",
-    "train_loss": "loss on the step's batch, nats per token",
-    "first_heldout": "held-out loss before training, nats per token",
-    "heldout": "held-out loss, nats per token",
-    "heldout_loss": "held-out loss, nats per token",
-    "loss_drop": "loss drop on the step's batch, nats per token",
-    "heldout_drop": "held-out loss drop, nats per token",
-    "ablation": "loss on the fixed batch, nats per token",
-    "fraction_of_full_sft": "held-out loss drop / full SFT's",
-    "fraction_of_full_sft_train": "loss drop on the step's batch / full SFT's",
-    "fraction_of_lora_r8": "held-out loss drop / LoRA r8's",
-    "variance_explained": "share of |W|\N{SUPERSCRIPT TWO} in the span of the basis",
-    "coverage_diagonal": "share of the gradient's energy on the diagonal of the K directions",
-    "coverage_output": "share of the gradient's energy on the output side of the K directions",
+    "heldout": METRICS["heldout_loss"].words,
     "coverage_diagonal.first": "share of the gradient's energy on the diagonal, before training",
-    "true_effective_rank": "effective rank of \N{PARTIAL DIFFERENTIAL}L/\N{PARTIAL DIFFERENTIAL}W",
-    "coverage_two_sided": "share of the gradient's energy in the K \N{MULTIPLICATION SIGN} K block of the directions",
-    "cosine": "cosine of consecutive gradients",
-    "monotonic_share": "share of updates that lower the loss",
-    "first_loss": "loss before training, nats per token",
-    "drop_per_10k_counted": "loss drop per 10,000 counted numbers",
-    "constrained_effective_rank": "effective rank of the gradient through K directions",
-    "diversity": "effective number of gradient directions so far",
-    "abs_mean_over_std_top": "|mean| / standard deviation of the gradient, top 20",
-    "abs_mean_over_std_rest": "|mean| / standard deviation of the gradient, rest",
-    "flops": "floating-point operations of training",
 }
 
 Shapes = list[tuple[int, int]]
@@ -100,10 +71,10 @@ LAWS: dict[str, tuple[str, Callable[[float, Shapes], float], bool]] = {
 PLACES = {"kmin": {"d/128": 1 / 128, "d/32": 1 / 32}}  # the same for upright lines, by the model's width d (paper 78)
 
 
-def varying(found: Sequence[Row]) -> list[str]:
+def varying(found: Sequence[ArmRuns]) -> list[str]:
     """The fields of Spec, but the rate and the seed, in which the arms differ."""
     fields = [name for name in Spec.model_fields if name not in ("lr", "seed")]
-    return [name for name in fields if len({getattr(row.spec, name) for row in found}) > 1]
+    return [name for name in fields if len({getattr(arm.spec, name) for arm in found}) > 1]
 
 
 def told(field: str, value: Any) -> str:
@@ -146,13 +117,16 @@ def check(name: str, figure: Figure) -> None:
     fields = {*Spec.model_fields, "name"}
     if wrong := [field for field in (*fields_of(figure), *figure.where) if field not in fields]:
         raise CTError(f"{where}: {wrong[0]!r} is no field of a run; take one of {', '.join(sorted(fields))}.")
-    if figure.x == "step" and root not in (*PROBED, "train_loss", "heldout"):
-        raise CTError(f"{where}: no curve {figure.y!r} over the steps; take train_loss, heldout, {', '.join(PROBED)}.")
+    if figure.x == "step" and root not in (*SERIES, "train_loss", "heldout"):
+        raise CTError(f"{where}: no curve {figure.y!r} over the steps; take train_loss, heldout, {', '.join(SERIES)}.")
     if figure.x == "kept" and root not in MEASURES:
         raise CTError(f"{where}: {figure.y!r} is not measured by directions kept; take {', '.join(MEASURES)}.")
     for metric in () if figure.x in ("step", "kept") else (figure.x, figure.y):
-        if metric != "name" and known(metric):
-            raise CTError(f"{where}: there is no metric {metric!r}; {known(metric)}.")
+        try:
+            if metric != "name":
+                check_metric(metric)
+        except CTError as error:
+            raise CTError(f"{where}: {error}") from None
     for law in laws_of(figure):
         if law not in (*LAWS, *PLACES):
             raise CTError(f"{where}: there is no law {law!r}; take one of {', '.join((*LAWS, *PLACES))}.")
@@ -168,35 +142,35 @@ def laws_of(figure: Figure) -> list[str]:
     return [part.strip() for part in figure.law.split(",") if part.strip()]
 
 
-def picture(name: str, figure: Figure, found: Sequence[Row], beside: Sequence[Figure] = ()) -> Picture:
+def picture(name: str, figure: Figure, found: Sequence[ArmRuns], beside: Sequence[Figure] = ()) -> Picture:
     """One figure of an experiment, drawn from the rows that its `where` leaves.
 
     Lines that figures `beside` it draw `by` the same fields look alike in all of them.
     """
-    here = [row for row in chosen(found, figure.where) if row.records]
+    here = [arm for arm in chosen(found, figure.where) if arm.records]
     if figure.x == "step" and figure.y.endswith("_by_matrix"):
         return heat(name, figure, here)
     fields = fields_of(figure) or (varying(here) if figure.x in ("step", "kept") else [])
     ticks: list[str] = []
     if figure.x in ("step", "kept"):
-        lines = [line for row in here for line in curves(figure, row, fields)]
+        lines = [line for arm in here for line in curves(figure, arm, fields)]
     else:
         lines = points(figure, here, found, fields, ticks)
     lines = [line for line in lines if line.points]
     if not lines:
         return Picture(figure.title, [], [], "No run of this figure is there yet, or none has this number.")
     keys = in_order(line.key for line in lines)
-    alike = [row for f in (*beside, figure) if fields_of(f) == fields for row in chosen(found, f.where) if row.records]
-    every = in_order(key_of(row, fields) for row in alike)
+    alike = [arm for f in (*beside, figure) if fields_of(f) == fields for arm in chosen(found, f.where) if arm.records]
+    every = in_order(key_of(arm, fields) for arm in alike)
     every = every if set(keys) <= set(every) else keys
     looks = {key: look for key, look in zip(every, styles(every), strict=True) if key in keys}
-    shapes = {Path(row.spec.model).name: row.records[0].adapted.shapes for row in here}
+    shapes = {Path(arm.spec.model).name: arm.records[0].adapted.shapes for arm in here}
     draw = drawing(figure, lines, looks, ticks, {k: v for k, v in shapes.items() if v})
     legend = [(describe(fields, key), *look) for key, look in looks.items() if key]
     if figure.paper:
         legend.append(("the paper's figures", "ink", "ring"))
     legend += [(LAWS[law][0], "ink", "dashed") for law in laws_of(figure) if law in LAWS and LAWS[law][0]]
-    missing = sum(y is None for row in here for y in measured(row, found, figure.y)) if not lines[0].curve else 0
+    missing = sum(y is None for arm in here for y in measured(arm, found, figure.y)) if not lines[0].curve else 0
     inches = (INCHES[0], 0.6 + 0.22 * len(ticks)) if ticks else INCHES
     return Picture(figure.title, [("", tinted(draw, inches, name, figure.title))], legend, note(here, lines, missing))
 
@@ -208,9 +182,9 @@ def in_order(keys: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
     return sorted(once, key=lambda key: [order.get(part, part) for part in key])
 
 
-def note(here: Sequence[Row], lines: Sequence[Line], missing: int) -> str:
+def note(here: Sequence[ArmRuns], lines: Sequence[Line], missing: int) -> str:
     """What the bars are, and what is not drawn."""
-    counts = sorted({len(row.records) for row in here})
+    counts = sorted({len(arm.records) for arm in here})
     text = f"Mean over {counts[0]}{f' to {counts[-1]}' if len(counts) > 1 else ''} seeds"
     if any(half for line in lines for _, _, half in line.points):
         text += f"; {'bands' if lines[0].curve else 'bars'} are its 95% t interval"
@@ -226,8 +200,8 @@ def centre(values: Sequence[float]) -> tuple[float, float]:
     return test.mean, test.high - test.mean if test.n >= SEEDS else 0.0
 
 
-def key_of(row: Row, fields: Iterable[str]) -> tuple[Any, ...]:
-    return tuple(field_of(row, field) for field in fields)
+def key_of(arm: ArmRuns, fields: Iterable[str]) -> tuple[Any, ...]:
+    return tuple(field_of(arm, field) for field in fields)
 
 
 def describe(fields: Sequence[str], key: tuple[Any, ...]) -> str:
@@ -237,35 +211,35 @@ def describe(fields: Sequence[str], key: tuple[Any, ...]) -> str:
 
 
 def points(
-    figure: Figure, here: Sequence[Row], found: Sequence[Row], fields: Sequence[str], ticks: list[str]
+    figure: Figure, here: Sequence[ArmRuns], found: Sequence[ArmRuns], fields: Sequence[str], ticks: list[str]
 ) -> list[Line]:
     """A line for every value of `by`, a point for every arm; where x is words they are added to `ticks`."""
     groups: dict[tuple[Any, ...], list[tuple[float, float, float]]] = {}
-    for row in here:
-        ys = [y for y in measured(row, found, figure.y) if y is not None]
-        at = key_of(row, [figure.x])[0] if figure.x == "name" or figure.x in Spec.model_fields else None
+    for arm in here:
+        ys = [y for y in measured(arm, found, figure.y) if y is not None]
+        at = key_of(arm, [figure.x])[0] if figure.x == "name" or figure.x in Spec.model_fields else None
         if isinstance(at, str):
             at = told(figure.x, at)
             ticks += [at] if at not in ticks else []
             xs: list[float] = [ticks.index(at)]
         else:
-            xs = [x for x in measured(row, found, figure.x) if x is not None]
+            xs = [x for x in measured(arm, found, figure.x) if x is not None]
         if xs and ys:
-            groups.setdefault(key_of(row, fields), []).append((statistics.fmean(xs), *centre(ys)))
+            groups.setdefault(key_of(arm, fields), []).append((statistics.fmean(xs), *centre(ys)))
     return [Line(key, sorted(line)) for key, line in groups.items()]
 
 
-def curves(figure: Figure, row: Row, fields: Sequence[str]) -> list[Line]:
+def curves(figure: Figure, arm: ArmRuns, fields: Sequence[str]) -> list[Line]:
     """The curves of one arm: means at every x that all its seeds have."""
     merged: dict[tuple[Any, ...], dict[float, list[float]]] = {}
-    for record in row.records:
+    for record in arm.records:
         for key, curve in curves_of(figure, record):
             for x, y in curve:
                 if isinstance(y, int | float):
-                    merged.setdefault(key_of(row, fields) + key, {}).setdefault(x, []).append(y)
+                    merged.setdefault(key_of(arm, fields) + key, {}).setdefault(x, []).append(y)
     out = []
     for key, values in merged.items():
-        whole = [(x, ys) for x, ys in sorted(values.items()) if len(ys) == len(row.records)]
+        whole = [(x, ys) for x, ys in sorted(values.items()) if len(ys) == len(arm.records)]
         even = (round(i * (len(whole) - 1) / LONGEST) for i in range(LONGEST + 1))
         kept = sorted({*even, *range(20)} & set(range(len(whole))))  # the start whole, for logarithmic axes
         out.append(Line(key, [(x, *centre(ys)) for x, ys in (whole[i] for i in kept)], curve=True))
@@ -395,7 +369,8 @@ def draw_laws(ax: "Axes", figure: Figure, xs: Sequence[float], shapes: Mapping[s
 def axis(metric: str) -> str:
     """What an axis is called: `train_loss@40` by `train_loss`, `ablation.order` by `ablation`."""
     name, _, at = metric.partition("@")
-    text = AXES.get(name) or AXES.get(name.partition(".")[0]) or name.replace("_", " ").replace(".", ", ")
+    known = METRICS.get(name) or METRICS.get(name.partition(".")[0])
+    text = AXES.get(name) or (known and known.words) or name.replace("_", " ").replace(".", ", ")
     budget = f"{at.removesuffix('/k')} {'K-steps' if at.endswith('/k') else 'updates'}"
     return f"{text}, after {budget}" if at else text
 
@@ -423,27 +398,27 @@ def logarithmic(ax: "Axes", xs: Sequence[float]) -> None:
     ax.xaxis.set_major_formatter(EngFormatter(sep="") if xs[-1] >= 10_000 else "{x:g}")
 
 
-def heat(name: str, figure: Figure, here: Sequence[Row]) -> Picture:
+def heat(name: str, figure: Figure, here: Sequence[ArmRuns]) -> Picture:
     """A value by matrix over the training, a map for every arm: mean over the seeds, in the steps of the ramp."""
     maps = []
-    for row in here:
+    for arm in here:
         found: dict[tuple[str, int], list[float]] = {}
-        for record in row.records:
+        for record in arm.records:
             for update, values in record.probes.get(figure.y, []):
                 for matrix, value in values.items():
                     if value is not None:
                         found.setdefault((matrix, update), []).append(value)
         if found:
-            maps.append((row, {place: statistics.fmean(values) for place, values in found.items()}))
+            maps.append((arm, {place: statistics.fmean(values) for place, values in found.items()}))
     if not maps:
         return Picture(figure.title, [], [], "No run of this figure is there yet, or none has this number.")
     low = min(value for _, cells in maps for value in cells.values())
     high = max(value for _, cells in maps for value in cells.values())
-    fields = fields_of(figure) or varying([row for row, _ in maps])
+    fields = fields_of(figure) or varying([arm for arm, _ in maps])
     svgs = []
-    for i, (row, cells) in enumerate(maps):
+    for i, (arm, cells) in enumerate(maps):
         matrices = list(dict.fromkeys(matrix for matrix, _ in cells))
-        label = describe(fields, key_of(row, fields))
+        label = describe(fields, key_of(arm, fields))
         draw = draw_heat(matrices, sorted({update for _, update in cells}), cells, low, high)
         height = 0.6 + 0.125 * len(matrices)
         svgs.append((label, tinted(draw, (INCHES[0], height), f"{name}-{i}", f"{figure.title} {label}")))

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctsft.files import write_text
+from ctsft.lab.compare import ArmRuns, arm_runs, chosen
 from ctsft.lab.experiments import Laboratory, arms
 from ctsft.lab.figures import GLYPHS, RAMP, axis, check, picture, told, varying
-from ctsft.lab.metrics import Row, chosen, rows, table
 from ctsft.lab.rates import choose_rate
 from ctsft.lab.records import Record
+from ctsft.lab.tables import table
 from ctsft.pages.plot import COLOURS, LINE_COLOURS
 from ctsft.pages.render import environment
 from ctsft.pages.words import duration, size, words
 
 if TYPE_CHECKING:
-    from ctsft.lab.claims import Side, Verdict
+    from ctsft.lab.predicates import Side
+    from ctsft.lab.verdicts import Verdict
 
 VERDICTS = {  # in the order of the page
     "confirmed": "it holds, by the test that was written before the runs were read",
@@ -70,7 +72,7 @@ def section(
     laboratory: Laboratory, name: str, records: Mapping[str, Record], profile: str, protocol: str
 ) -> dict[str, Any]:
     """All that the page says of the experiment `name`."""
-    experiment, found = laboratory.experiments[name], rows(laboratory, name, records, profile, protocol)
+    experiment, found = laboratory.experiments[name], arm_runs(laboratory, name, records, profile, protocol)
     ran = [record for row in found for record in row.records]
     for figure in experiment.figures:
         check(name, figure)
@@ -113,7 +115,7 @@ def places(side: "Side", width: float = 300, margin: float = 14) -> dict[str, fl
     return {name: round(margin + (v - first) / (last - first) * (width - 2 * margin), 1) for name, v in found.items()}
 
 
-def common(found: Sequence[Row]) -> dict[str, Any]:
+def common(found: Sequence[ArmRuns]) -> dict[str, Any]:
     """What all arms share and is not the default."""
     if not found:
         return {}
@@ -124,7 +126,7 @@ def common(found: Sequence[Row]) -> dict[str, Any]:
 def recipe(
     laboratory: Laboratory,
     name: str,
-    found: Sequence[Row],
+    found: Sequence[ArmRuns],
     records: Mapping[str, Record],
     profile: str,
     protocol: str,

@@ -40,20 +40,13 @@ def t_test(numbers: Sequence[float], bound: float = 0.0) -> Test:
     mean = statistics.fmean(numbers)
     if n < 2:
         return Test(n, mean, mean, mean, 1.0, 1.0)
-    error = statistics.stdev(numbers) / math.sqrt(n)
-    half = float(stats.t.ppf(0.975, n - 1)) * error
-    interval = (mean - half, mean + half)
-    if n < SEEDS:
-        return Test(n, mean, *interval, 1.0, 1.0)
-    if error <= 1e-12 * max(abs(mean), abs(bound)):  # equal up to rounding
-        return Test(n, mean, *interval, 0.0 if mean > bound else 1.0, 0.0 if mean < bound else 1.0)
-    t = (mean - bound) / error
-    return Test(n, mean, *interval, float(stats.t.sf(t, n - 1)), float(stats.t.cdf(t, n - 1)))
-
-
-def paired_t(a: Sequence[float], b: Sequence[float], effect: float = 0.0) -> Test:
-    """Is b - a, seed by seed, more than `effect` on average? `above` is the p of yes, `below` that of no."""
-    return t_test([y - x for x, y in zip(a, b, strict=True)], effect)
+    if statistics.stdev(numbers) <= 1e-12 * math.sqrt(n) * max(abs(mean), abs(bound)):  # equal up to rounding
+        decided = (0.0 if mean > bound else 1.0, 0.0 if mean < bound else 1.0) if n >= SEEDS else (1.0, 1.0)
+        return Test(n, mean, mean, mean, *decided)
+    above = stats.ttest_1samp(numbers, bound, alternative="greater")
+    interval = stats.ttest_1samp(numbers, bound).confidence_interval(0.95)
+    shown = (float(above.pvalue), float(stats.t.cdf(above.statistic, n - 1))) if n >= SEEDS else (1.0, 1.0)
+    return Test(n, mean, float(interval.low), float(interval.high), *shown)
 
 
 def all_hold(ps: Sequence[float]) -> float:

@@ -1,0 +1,161 @@
+"""An arm with its runs, and what they measured: alone, or relative to another arm of the experiment."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ctsft.errors import CTError
+from ctsft.lab.experiments import Laboratory, arms
+from ctsft.lab.metrics import AHEAD, METRICS, drop, value
+from ctsft.lab.rates import finals
+from ctsft.lab.records import Record
+from ctsft.lab.spec import Spec
+
+REFERENCES = {name: metric.against for name, metric in METRICS.items() if metric.against}
+# What both arms of a relative metric share.
+SETTING = (
+    "model",
+    "tied",
+    "text",
+    "batches",
+    "batch",
+    "length",
+    "steps",
+    "decay",
+    "dtype",
+)
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    """One arm of an experiment and the records of its seeds, as far as they exist."""
+
+    name: str
+    spec: Spec
+    lr: float | None  # None: the learning rate is still being tuned
+    bracketed: bool  # worse rates were seen on both sides of lr
+    seeds: tuple[int, ...]
+    records: list[Record]
+    tuned: bool = field(default=True)  # False: the arm has one given rate, so there is nothing to bracket
+
+    @property
+    def complete(self) -> bool:
+        return len(self.records) == len(self.seeds)
+
+    def values(self, metric: str) -> list[float | None]:
+        """One number for every seed in `seeds`, in order; None for a run that is missing, or lacks the metric."""
+        found = {r.spec.seed: value(r, metric) for r in self.records}
+        return [found.get(seed) for seed in self.seeds]
+
+    def mean(self, metric: str) -> float | None:
+        return mean(self.values(metric))
+
+    def sd(self, metric: str) -> float | None:
+        return sd(self.values(metric))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of the numbers that are there; None if there are none."""
+    there = [v for v in values if v is not None]
+    return statistics.fmean(there) if there else None
+
+
+def sd(values: Sequence[float | None]) -> float | None:
+    """The sample standard deviation of the numbers that are there; None for fewer than two."""
+    there = [v for v in values if v is not None]
+    return statistics.stdev(there) if len(there) > 1 else None
+
+
+def arm_runs(
+    laboratory: Laboratory,
+    name: str,
+    records: Mapping[str, Record],
+    profile: str = "full",
+    protocol: str = "honest",
+) -> list[ArmRuns]:
+    """One for every arm of the experiment `name`, complete or not."""
+    out = []
+    for arm in arms(laboratory, name, profile, protocol):
+        choice, found = finals(arm, records)
+        out.append(ArmRuns(arm.name, arm.spec, choice.lr, choice.bracketed, arm.seeds, found, arm.tunes))
+    return out
+
+
+def chosen(arms: Sequence[ArmRuns], where: Mapping[str, Any]) -> list[ArmRuns]:
+    """Those whose spec has all the values of `where` (a list: any of them); `name` is the arm's name.
+
+    A model that is a folder is known by the folder's name.
+    """
+    return [arm for arm in arms if all(_fits(arm, name, wanted) for name, wanted in where.items())]
+
+
+def _fits(arm: ArmRuns, name: str, wanted: Any) -> bool:
+    found = {arm.name} if name == "name" else {getattr(arm.spec, name)}
+    if name == "model":
+        found.add(Path(arm.spec.model).name)
+    return any(value in found for value in (wanted if isinstance(wanted, list) else [wanted]))
+
+
+def measured(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float | None]:
+    """Any metric of `arm`, one number a seed; relative ones are taken against their reference among `arms`."""
+    if rival := AHEAD.fullmatch(metric):
+        return ahead(arm, arms, int(rival[1]))
+    return relative(arm, arms, metric) if metric in REFERENCES else arm.values(metric)
+
+
+def relative(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float | None]:
+    """A loss drop divided by the same seed's drop of the reference arm: same experiment, model, text and training.
+
+    Both drops start at the reference's first loss, the bare model's: an arm that begins by damaging the model (78's
+    `replace`) gets no credit for repairing it. `fraction_of_full_sft` (paper 78) is held out, `_train` on the step's
+    batch; `fraction_of_headless_sft` is against full SFT without the output head; `fraction_of_lora_r8` is the arena's.
+    None where either drop is missing or the reference's is not above 0.
+    """
+    if metric not in REFERENCES:
+        raise CTError(f"{metric!r} is no relative metric; there are {', '.join(REFERENCES)}.")
+    first, last, where = REFERENCES[metric]
+    found = [r for r in chosen(arms, where) if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in SETTING)]
+    same = [r for r in found if r.spec.targets == arm.spec.targets]
+    found = same if len(same) == 1 else found
+    if not found:
+        return [None] * len(arm.seeds)
+    if len(found) > 1:
+        raise CTError(f"{metric} has {len(found)} reference arms for {arm.name!r} ({where}); leave only one of them.")
+    starts = dict(zip(found[0].seeds, found[0].values(first), strict=True))
+    ends = dict(zip(found[0].seeds, found[0].values(last), strict=True))
+
+    def fraction(seed: int, reached: float | None) -> float | None:
+        whole, part = drop(starts.get(seed), ends.get(seed)), drop(starts.get(seed), reached)
+        return None if part is None or whole is None or whole <= 0 else part / whole
+
+    return [fraction(seed, reached) for seed, reached in zip(arm.seeds, arm.values(last), strict=True)]
+
+
+def ahead(arm: ArmRuns, arms: Sequence[ArmRuns], rival: int) -> list[float | None]:
+    """`ahead_of_kN`, paper 82's crossover: the budget in K-steps from which on `arm` ends below the arm with K = N.
+
+    Its loss on the step's batch, at every budget that pays whole updates of both; it must stay below up to the largest
+    that both have reached, and the budgets before that do not count. None where it is not below at
+    the end, where the arm of K = N has no run, and for N itself. That arm has the same name and setting.
+    """
+    same = [field for field in SETTING if field != "steps"]
+    others = [r for r in arms if r.name == arm.name and r.spec.k == rival and not r.spec.schedule]
+    others = [r for r in others if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in same)]
+    if rival == arm.spec.k or len(others) != 1:
+        return [None] * len(arm.seeds)
+    runs = [{r.spec.seed: r.train_loss for r in one.records} for one in (arm, others[0])]
+    return [_from(runs[0].get(seed, []), runs[1].get(seed, []), arm.spec.k, rival) for seed in arm.seeds]
+
+
+def _from(losses: Sequence[float | None], rival: Sequence[float | None], k: int, its_k: int) -> float | None:
+    unit, start = math.lcm(k, its_k), None
+    for budget in range(unit, min((len(losses) - 1) * k, (len(rival) - 1) * its_k) + 1, unit):
+        own, other = losses[budget // k], rival[budget // its_k]
+        if own is None or other is None or own >= other:
+            start = None
+        elif start is None:
+            start = float(budget)
+    return start

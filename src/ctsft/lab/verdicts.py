@@ -1,0 +1,218 @@
+"""The verdict on each claim: its sides tested over seeds, corrected for all that is claimed, and what is told of it.
+
+A claim is confirmed if every side is shown to be so, refuted if the contrary is shown of one, else inconclusive;
+"shown" is a one-sided t test at LEVEL after Holm's correction over all claims of the file, for confirmations and for
+refutations apart. Nothing here imports torch: verdicts are made from records alone.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ctsft.lab.claims import Claim
+from ctsft.lab.compare import ArmRuns, arm_runs
+from ctsft.lab.experiments import Laboratory
+from ctsft.lab.predicates import ONE, PREDICATES, Evidence, NotRun, Reading, Side
+from ctsft.lab.records import Record
+from ctsft.lab.spec import Spec
+from ctsft.lab.stats import LEVEL, SEEDS, all_hold, holm, one_fails
+from ctsft.lab.tables import short
+
+WORDS = ("confirmed", "refuted", "artefact", "inconclusive", "not run")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    claim: Claim
+    verdict: str  # one of WORDS
+    detail: str  # what was measured, in one sentence
+    p: float | None = None  # corrected; of the verdict's direction, of the likelier one if inconclusive
+    seeds: int = 0
+    control: str = ""  # the control's verdict and detail
+    side: Side | None = None  # the side that decided it, or came nearest to it
+
+
+class Verdicts(list[Verdict]):
+    """The verdicts on all claims of a file, in its order, and what they were made from."""
+
+    def __init__(self, verdicts: Sequence[Verdict], profile: str, records: int, tests: int) -> None:
+        super().__init__(verdicts)
+        self.profile, self.records, self.tests = profile, records, tests
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A claim, or its control, before the correction."""
+
+    claim: Claim
+    done: str = ""  # a verdict that needs no test: "not run", or that of exact
+    detail: str = ""
+    sides: list[Side] = field(default_factory=list)
+
+    @property
+    def holds(self) -> float:
+        return all_hold([side.holds for side in self.sides]) if self.sides else 1.0
+
+    @property
+    def fails(self) -> float:
+        return one_fails([side.fails for side in self.sides]) if self.sides else 1.0
+
+
+def judge(
+    claims: Sequence[Claim],
+    laboratory: Laboratory,
+    records: Mapping[str, Record],
+    profile: str = "full",
+) -> Verdicts:
+    """The verdict on every claim from the records that exist. The correction counts all claims, run or not.
+
+    CTError where a claim names an experiment that is not there, or a selection fits several arms.
+    """
+    pools: dict[tuple[str, str], list[ArmRuns]] = {}
+    for claim in claims:
+        for name in claim.experiments:
+            key = (name, claim.protocol)
+            if key not in pools:
+                pools[key] = arm_runs(laboratory, name, records, profile, claim.protocol)
+    every = [one for claim in claims for one in ([claim, claim.control()] if claim.artefact else [claim])]
+    judged = [_judged(one, {n: pools[n, one.protocol] for n in one.experiments}) for one in every]
+    tests = [i for i, one in enumerate(every) if one.predicate != "exact"]
+    holds = dict(zip(tests, holm([judged[i].holds for i in tests]), strict=True))
+    fails = dict(zip(tests, holm([judged[i].fails for i in tests]), strict=True))
+    single = [_single(one, holds.get(i, 1.0), fails.get(i, 1.0)) for i, one in enumerate(judged)]
+    out, left = [], iter(single)
+    for claim in claims:
+        verdict = next(left)
+        out.append(_with_control(claim, verdict, next(left)) if claim.artefact else verdict)
+    return Verdicts(out, profile, len(records), len(tests))
+
+
+def _judged(claim: Claim, pools: dict[str, list[ArmRuns]]) -> _Judged:
+    evidence = Evidence(pools, claim.where)
+    try:
+        if claim.predicate == "exact":
+            return _equals(claim, evidence)
+        sides = PREDICATES[claim.predicate](claim, evidence)
+    except NotRun as error:
+        return _Judged(claim, "not run", f"missing: {error}")
+    return _Judged(claim, "", "; ".join(filter(None, (_means(evidence.used), *_remarks(evidence.used)))), sides)
+
+
+def _equals(claim: Claim, evidence: Evidence) -> _Judged:
+    assert claim.number is not None
+    readings = evidence.readings(claim.a, claim.metric)
+    text, n = short(claim.number) + (f" x {claim.per}" if claim.per else ""), 0
+    for reading in readings:
+        wanted = claim.number * (getattr(reading.arm.spec, claim.per) if claim.per else 1)
+        for seed, found in reading.by_seed.items():
+            n += 1
+            if abs(found - wanted) > claim.effect:
+                told = f"{claim.metric}{reading.of} is {_digits(found)} at seed {seed}, not {_digits(wanted)}"
+                return _Judged(claim, "refuted", told + (f" ({text})" if claim.per else ""))
+    if not n:
+        raise NotRun(f"{claim.metric} is not measured, all runs diverged")
+    within = f" within {short(claim.effect)}" if claim.effect else ""
+    means = f" ({_means(readings)})" if len(readings) > 1 else ""
+    return _Judged(claim, "confirmed", f"{claim.metric} is {text}{within} in all {n} runs{means}")
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number == int(number) else f"{number:,.6g}"
+
+
+def _means(readings: Sequence[Reading]) -> str:
+    """`train_loss 8.46 (k 32), 9.13 (k 8)`, by metric, each arm once; nothing for an arm alone."""
+    by_metric: dict[str, dict[str, str]] = {}
+    for reading in readings if len(readings) > 1 else ():
+        if reading.metric not in Spec.model_fields:
+            shown = short(reading.mean) if reading.by_seed else "diverged"
+            by_metric.setdefault(reading.metric, {})[reading.label] = (
+                shown if reading.label == ONE else f"{shown} ({reading.label})"
+            )
+    return "; ".join(f"{metric} {', '.join(arms.values())}" for metric, arms in by_metric.items())
+
+
+def _remarks(readings: Sequence[Reading]) -> list[str]:
+    """What a reader must know of the runs: rates that are not bracketed, runs that diverged."""
+    loose = {c.label: None for c in readings if c.arm.tuned and not c.arm.bracketed}
+    lost = {c.label: sum(r.diverged for r in c.arm.records) for c in readings}
+    out = [f"learning rate not bracketed: {'; '.join(loose)}"] if loose else []
+    return out + [f"{n} runs of {label} diverged" for label, n in lost.items() if n]
+
+
+def _single(one: _Judged, holds: float, fails: float) -> Verdict:
+    if one.done:
+        return Verdict(one.claim, one.done, one.detail, seeds=0)
+    word, p = "inconclusive", min(holds, fails)
+    if holds <= LEVEL:
+        word, p = "confirmed", holds
+    elif fails <= LEVEL:
+        word, p = "refuted", fails
+    if word == "refuted":
+        side = min(one.sides, key=lambda s: (s.fails, s.margin))
+    else:
+        side = max(one.sides, key=lambda s: (s.holds, -s.margin))
+    seeds = min(s.test.n for s in one.sides)
+    few = f" (fewer than {SEEDS}: no verdict)" if seeds < SEEDS else ""
+    detail = "; ".join(filter(None, (side.told(), f"p {_p(p)}, {seeds} seeds{few}", one.detail)))
+    return Verdict(one.claim, word, detail, p, seeds, side=side)
+
+
+def _p(p: float) -> str:
+    return "< 0.0001" if p < 0.0001 else f"{p:.2g}"
+
+
+def _with_control(claim: Claim, verdict: Verdict, control: Verdict) -> Verdict:
+    """A claim that holds, and whose control is refuted, is an artefact; it waits for a control that is open."""
+    assert claim.artefact
+    told = f"control ({_changes(claim)}) {control.verdict}: {control.detail}"
+    word, detail = verdict.verdict, verdict.detail
+    if word == "confirmed" and control.verdict == "refuted":
+        word, detail = "artefact", f"{claim.artefact.cause} As the paper has it: {detail}"
+    elif word == "confirmed" and control.verdict != "confirmed":
+        word, detail = "inconclusive", f"holds as the paper has it, its control is open; {detail}"
+    return replace(verdict, verdict=word, detail=detail, control=told)
+
+
+def _changes(claim: Claim) -> str:
+    assert claim.artefact
+    told = []
+    for name, found in claim.artefact.control.items():
+        parts = found.items() if name == "where" else [(name, found)]
+        told += [f"{n} {v}" for n, v in parts]
+    return ", ".join(told)
+
+
+# ------------------------------------------------------------------------------------------------------- markdown
+
+
+def markdown(verdicts: Verdicts) -> str:
+    """VERDICTS.md: the same text for the same records, so that comparing it shows whether it is stale."""
+    counts = Counter(v.verdict for v in verdicts)
+    lines = [
+        "# Verdicts",
+        "",
+        "Made by `ctsft lab verdicts` from the committed records; do not edit.",
+        "",
+        ", ".join(f"{counts[word]} {word}" for word in WORDS) + f": {len(verdicts)} claims.",
+        "",
+        f"Profile `{verdicts.profile}`, {verdicts.records:,} records. Losses are in nats per token; intervals are 95% "
+        f"(t, over seeds). A claim is confirmed, or refuted, at p <= {LEVEL} after Holm's correction over the "
+        f"{verdicts.tests} tests of all claims and controls, for either direction apart; fewer than {SEEDS} seeds give "
+        "no verdict. *Artefact*: it holds as the paper has it, and the control without the named cause refutes it. "
+        "The effect sizes stand in `experiments/claims.toml` and were written before the runs were read.",
+    ]
+    titles = {"derived": "Arithmetic on the papers' figures", "ours": "Our own expectations"}
+    sources = list(dict.fromkeys(v.claim.source for v in verdicts))
+    for source in sorted(sources, key=lambda s: list(titles).index(s) if s in titles else -1):
+        lines += ["", f"## {titles.get(source, f'Paper {source}')}", "", "| | claim | verdict | what was measured |"]
+        lines.append("|---|---|---|---|")
+        for v in verdicts:
+            if v.claim.source == source:
+                told = "<br>".join(filter(None, (v.detail, v.control, v.claim.note and f"Note: {v.claim.note}")))
+                lines.append(f"| {v.claim.id} | {_cell(v.claim.text)} | **{v.verdict}** | {_cell(told)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
