@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from command import ctsft, files, finished, wide  # noqa: F401  (fixtures of all tests of commands)
+
 torch.set_num_threads(1)
 
 

@@ -20,11 +20,25 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         *("schedule", "spec", "records", "rates", "experiments", "methods", "run", "sweep", "metrics", "stats"),
         *("compare", "tables", "claims", "predicates", "verdicts", "figures", "page"),
     ],
-    "cli": ["lab", "main"],
+    "cli": ["console", "lab", "tune", "adapter", "inspect", "main"],
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
-    *("errors", "choices", "files", "compat", "data.sql", "tune.recipe", "tune.report", "cli.main", "cli.lab"),
+    *(
+        "errors",
+        "choices",
+        "files",
+        "compat",
+        "data.sql",
+        "tune.recipe",
+        "tune.report",
+        "cli.main",
+        "cli.lab",
+        "cli.console",
+        "cli.tune",
+        "cli.adapter",
+        "cli.inspect",
+    ),
     *("pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.sweep", "lab.metrics"),
     *("lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),

@@ -72,13 +72,19 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def wilson(hits: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: int, total: int) -> tuple[float, float]:
     """The 95% interval of a proportion (Wilson 1927), as fractions from 0 to 1."""
+    from scipy.stats import binomtest
+
     if total == 0:
         return 0.0, 1.0
-    share, n = hits / total, z * z / total
-    middle, half = share + n / 2, z * (share * (1 - share) / total + n / (4 * total)) ** 0.5
-    return max(0.0, (middle - half) / (1 + n)), min(1.0, (middle + half) / (1 + n))
+    interval = binomtest(hits, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_name() -> str:

@@ -36,6 +36,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ctsft.errors import CTError, needs
+from ctsft.files import cores
 from ctsft.lab.rates import due
 from ctsft.lab.records import Record, Records
 from ctsft.lab.spec import TUNE_SEEDS, Arm, Spec
@@ -111,11 +112,6 @@ def make_engine(name: str, workers: int | None = None, address: str | None = Non
         raise CTError("an address is for the engine ray; leave it out, or choose that engine.")
     workers = workers or max(1, cores() // threads)
     return in_process if workers == 1 else processes(workers, threads)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -31,7 +31,10 @@ class Recipe(AdapterOptions):
     """What `ctsft tune` does. Unknown fields are refused; a finished run carries its recipe in run.json."""
 
     k: Count | Annotated[dict[str, Count], Field(min_length=1)] = as_chosen("k")
-    target_modules: list[str] | None = as_chosen("target_modules")
+    target_modules: list[str] | None = dataclasses.field(
+        default=None,
+        metadata=about("Name of modules to adapt, repeatable; without it, every linear layer but the head."),
+    )
     amplitude_dropout: Annotated[float, Field(ge=0, lt=1)] = as_chosen("amplitude_dropout")
     basis_dtype: Literal["auto"] | BasisDtype = dataclasses.field(  # type: ignore[assignment]
         default="auto",

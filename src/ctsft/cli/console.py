@@ -1,0 +1,18 @@
+"""What all commands share: the two consoles, and how text that is not ours reaches them."""
+
+from rich.console import Console
+
+err = Console(stderr=True)
+out_console = Console()
+
+MODEL_HELP = "Built-in name (smollm2-135m, photonic), Hugging Face folder, .gguf file or hub id."
+
+
+def say(text: str, style: str) -> None:
+    """A sentence for a person, on standard error, as it is: brackets in it are no markup, and no line is broken."""
+    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` without control characters: what a model generates must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,0 +1,80 @@
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from command import assert_one_sentence
+from ctsft.adapter import export
+
+
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_export_measures_the_difference(ctsft, finished, tmp_path, to):
+    code, out, err = ctsft("export", finished, "--to", to, "--out", tmp_path / to)
+    assert code == 0 and "Traceback" not in err
+    difference = float(out.split("random tokens: ")[1].split()[0])
+    reach = float(out.split("logits reach ")[1].rstrip(")\n"))
+    assert difference < 1e-4 < 0.1 < reach
+    assert str(tmp_path / to) in out
+    names = {p.name for p in (tmp_path / to).iterdir()}
+    wanted = (
+        {"adapter_model.safetensors", "adapter_config.json"} if to == "lora" else {"model.safetensors", "config.json"}
+    )
+    assert names >= wanted | {"tokenizer.json"}
+
+
+def test_export_beside_the_adapter_by_default_and_never_over_it(ctsft, finished):
+    assert ctsft("export", finished / "adapter")[0] == 0
+    assert (finished / "adapter-lora" / "adapter_model.safetensors").exists()
+    assert_one_sentence(ctsft("export", finished / "adapter"), "adapter-lora exists; choose another place")
+
+
+def test_the_difference_would_show(ctsft, finished, tmp_path, monkeypatch):
+    """The number that is printed is that of the files: spoil them and it grows."""
+    original = export.export_adapter
+
+    def spoilt(model, out, *args, **kwargs):
+        notes = original(model, out, *args, **kwargs)
+        path = Path(out) / "adapter_model.safetensors"
+        save_file({n: t * 1.5 for n, t in load_file(path).items()}, path, metadata={"format": "pt"})
+        return notes
+
+    monkeypatch.setattr(export, "export_adapter", spoilt)
+    _, out, _ = ctsft("export", finished, "--out", tmp_path / "lora")
+    assert float(out.split("random tokens: ")[1].split()[0]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["nowhere"], "nowhere holds no adapter"),
+        (["RUN", "--to", "onnx"], "--to 'onnx' is unknown; choose lora or merged"),
+        (["RUN", "--model", "smollm"], "no model 'smollm'"),
+        (["MODEL"], "holds no adapter"),
+    ],
+)
+def test_a_mistake_in_export_is_one_sentence(ctsft, finished, files, args, words):
+    args = [{"RUN": finished, "MODEL": files[0]}.get(a, a) for a in args]
+    assert_one_sentence(ctsft("export", *args), words)
+
+
+def test_sample(ctsft, finished, files, monkeypatch):
+    say = ["--prompt", "red green?", "--max-new-tokens", "8"]
+    code, of_run, _ = ctsft("sample", finished, *say)
+    assert code == 0 and of_run.strip()
+    assert ctsft("sample", finished / "adapter", *say)[1] == of_run
+    of_model = ctsft("sample", files[0], *say)[1]
+    assert of_model != of_run
+    assert ctsft("sample", finished, "--base", *say)[1] == f"base:  {of_model}tuned: {of_run}"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("red green?"))
+    assert ctsft("sample", finished, "--max-new-tokens", "8")[1] == of_run
+
+
+def test_a_mistake_in_sample_is_one_sentence(ctsft, finished, files, tmp_path):
+    assert_one_sentence(ctsft("sample", finished, "--prompt", " \n"), "the prompt is empty")
+    assert_one_sentence(ctsft("sample", "smollm", "--prompt", "x"), "did you mean 'smollm2-135m'?")
+    assert_one_sentence(ctsft("sample", files[0], "--base", "--prompt", "x"), "--base compares an adapter")
+    assert_one_sentence(ctsft("sample", files[0], "--prompt", "x" * 200), "200 tokens", "128")
+    (tmp_path / "recipe.json").write_text("{}")
+    assert_one_sentence(ctsft("sample", tmp_path, "--prompt", "x"), "holds no adapter")

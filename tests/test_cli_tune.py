@@ -1,0 +1,229 @@
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from command import assert_one_sentence, options
+from ctsft.cli import tune as cli
+from ctsft.errors import CTError
+from ctsft.tune import run as train
+from ctsft.tune.recipe import FIELDS, Recipe, make_recipe
+
+# ---- options
+
+
+def test_help_tells_the_true_defaults(ctsft):
+    text = " ".join(ctsft("tune", "--help")[1].replace("│", " ").split())
+    for name, default in make_recipe({}).values().items():
+        _, _, told = text.partition(f"--{name.replace('_', '-')} ")
+        if told and name != "threads" and default is not None and default is not False:  # these are told in words
+            assert told.split("(default: ")[1].split(")")[0] == str(default).removesuffix(".0"), name
+
+
+def test_every_field_of_the_recipe_is_an_option_with_its_description(ctsft):
+    text = " ".join(ctsft("tune", "--help")[1].replace("│", " ").split())
+    for name in FIELDS:
+        option = "--target" if name == "target_modules" else f"--{name.replace('_', '-')}"
+        told = Recipe.__dataclass_fields__[name].metadata["description"].replace("`", "")
+        assert f" {option} " in text and all(word in text for word in told.split()), name
+
+
+def test_options_of_every_type_arrive_in_the_recipe(ctsft, monkeypatch, tmp_path):
+    heard = []
+
+    def tune(recipe, *_):
+        heard.append(recipe)
+        raise CTError("heard")
+
+    monkeypatch.setattr(train, "tune", tune)
+    given = "--k q_proj=3,.*=2 --lr 0.5 --target q_proj --target v_proj --store-basis --samples 0 --heldout 20"
+    given += " --basis-dtype float32 --prompt-column question"
+    assert ctsft("tune", *given.split(), "--out", tmp_path / "a")[2] == "error: heard\n"
+    assert ctsft("tune", "--out", tmp_path / "b")[0] == 2
+    wanted = {"k": {"q_proj": 3, ".*": 2}, "lr": 0.5, "target_modules": ["q_proj", "v_proj"], "store_basis": True}
+    more = {"samples": 0, "heldout": 20, "basis_dtype": "float32", "prompt_column": "question"}
+    assert heard == [make_recipe(wanted | more), make_recipe({})]
+
+
+@pytest.mark.parametrize(
+    ("text", "k"), [("64", 64), ("q_proj=64,.*=16", {"q_proj": 64, ".*": 16}), (r"a=b=3", {"a=b": 3})]
+)
+def test_parse_k(text, k):
+    assert cli.parse_k(text) == k
+
+
+@pytest.mark.parametrize("text", ["", "many", "6.4", "q_proj=", "q_proj=a,.*=16", "q_proj=4,,"])
+def test_parse_k_refuses(text):
+    with pytest.raises(CTError, match=r"--k .* is neither a number nor pattern=number"):
+        cli.parse_k(text)
+
+
+def test_parse_lr():
+    assert (cli.parse_lr("auto"), cli.parse_lr("1e-2")) == ("auto", 0.01)
+    with pytest.raises(CTError, match="neither a number nor auto"):
+        cli.parse_lr("fast")
+
+
+@pytest.mark.parametrize(("value", "threads"), [("3", 3), ("0", None), ("", None), ("4,2", None), ("-1", None)])
+def test_default_threads(monkeypatch, value, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert cli.default_threads() == (threads or len(os.sched_getaffinity(0)))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert cli.default_threads() == len(os.sched_getaffinity(0))
+
+
+# ---- a run
+
+
+def test_tune_json_is_all_that_is_on_standard_output(ctsft, files, tmp_path):
+    code, out, err = ctsft("tune", *options(files), "--out", tmp_path / "run", "--json")
+    assert code == 0
+    run = json.loads(out)
+    assert run == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["recipe"]["threads"] == 1 and run["recipe"]["k"] == 4
+    assert "before: held-out loss" in err and "after: held-out loss" in err
+
+
+def test_tune_tells_a_person(ctsft, files, tmp_path):
+    code, out, err = ctsft("tune", *options(files), "--out", tmp_path / "run", "--k", "q_proj=3,.*=2")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert code == 0
+    for when in ("before", "after"):
+        assert f"{run[when]['heldout_loss']:.3f}" in out
+        assert run["samples"][0][when].split("\n")[0][:20] in out or not run["samples"][0][when].isprintable()
+    assert run["samples"][0]["prompt"] in out
+    assert f"{run['costs']['trainable']:,} trained numbers" in out
+    assert str(tmp_path / "run" / "report.html") in out
+    assert "\x1b" not in out and "Traceback" not in err
+
+
+def test_show_run_with_accuracy(finished, capsys):
+    run = json.loads((finished / "run.json").read_text())
+    accuracy = {"correct": 3, "total": 12, "low": 0.09, "high": 0.53, "by_kind": {}}
+    run["before"]["accuracy"], run["after"]["accuracy"] = accuracy, accuracy | {"correct": 11}
+    run["samples"][0] |= {"before_ok": False, "after_ok": True, "after": "[bold]\x1b[31m", "prompt": "x" * 700}
+    cli.show_run(run, finished)
+    out = capsys.readouterr().out
+    assert "3 of 12" in out and "11 of 12" in out and "9% to 53%" in out
+    assert "wrong" in out and "right [bold]\N{REPLACEMENT CHARACTER}[31m" in out
+    assert "x" * 600 not in out.replace("\n", "") + "x" or "..." in out
+
+
+MISTAKES = {
+    "k": (["--k", "many"], "--k 'many' is neither"),
+    "k of 0": (["--k", "0"], "k=0"),
+    "k too large": (["--k", "33"], "more than the 32 directions", "lower k"),
+    "lr": (["--lr", "fast"], "--lr 'fast' is neither"),
+    "lr of -1": (["--lr", "-1"], "lr=-1.0"),
+    "several": (["--form", "round", "--steps", "0", "--dtype", "int3"], "form='round'", "steps=0", "dtype='int3'"),
+    "combination": (["--basis", "random", "--weight-from", "bottom"], "needs basis='weight'"),
+    "target": (["--target", "[/quark]"], "['[/quark]'] match nothing", "q_proj"),
+    "model": (["--model", "smollm"], "no model 'smollm'", "did you mean 'smollm2-135m'?"),
+    "model folder": (["--model", "/"], "no config.json"),
+    "data": (["--data", "nowhere.jsonl"], "no data 'nowhere.jsonl'"),
+    "both": (["--resume", "--overwrite"], "give one of them"),
+    "nothing there": (["--resume"], "no run to resume"),
+    "out below a file": (["--out", "/dev/null/run"], "/dev/null"),
+    "out is a file": (["--out", "/dev/null"], "no run of ctsft"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_tune_is_one_sentence(name, ctsft, files, tmp_path):
+    changes, *words = MISTAKES[name]
+    assert_one_sentence(ctsft("tune", *options(files), "--out", tmp_path / "run", *changes), *words)
+
+
+def test_a_rate_beyond_all_ends_in_one_sentence(ctsft, files, tmp_path):
+    code, out, err = ctsft("tune", *options(files), "--out", tmp_path / "run", "--lr", "1e30")
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "error: the loss is nan at step 2; start anew with a smaller lr."
+
+
+def test_empty_data_is_one_sentence(ctsft, files, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    result = ctsft("tune", *options(files), "--data", tmp_path / "empty.jsonl", "--out", tmp_path / "run")
+    assert_one_sentence(result, "empty.jsonl is empty")
+    assert not (tmp_path / "run").exists()
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["load_model", "load_corpus", "get_peft_model", "measure", "fit", "save_adapter"])
+def test_ctrl_c_at_any_time_tells_how_to_go_on(where, ctsft, files, tmp_path, monkeypatch):
+    out = tmp_path / "a run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, interrupt)
+        code, printed, err = ctsft("tune", *options(files), "--out", out)
+    assert (code, printed) == (130, "")
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    if where in ("load_model", "load_corpus", "get_peft_model"):
+        assert last == "stopped; nothing was begun, so start it again with the same command"
+        assert not out.exists()
+        return
+    assert last.startswith("stopped; continue with: ctsft tune --resume --out ")
+    command = shlex.split(last.partition("continue with: ctsft ")[2])
+    code, printed, _ = ctsft(*command)
+    assert code == 0 and "loss, nats per token" in printed
+    assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_ctrl_c_while_training(ctsft, files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        original = train.Watch.on_step_end
+
+        def on_step_end(self, args, state, control, **rest):
+            if state.global_step == 2:
+                signal.raise_signal(signal.SIGINT)
+            return original(self, args, state, control, **rest)
+
+        patch.setattr(train.Watch, "on_step_end", on_step_end)
+        code, _, err = ctsft("tune", *options(files), "--out", tmp_path / "run")
+    assert code == 130
+    assert err.strip().splitlines()[-1].startswith("stopped after step 2; continue with: ctsft tune --resume")
+    assert_one_sentence(ctsft("tune", "--resume", "--steps", "9", "--out", tmp_path / "run"), "other steps")
+    code, out, _ = ctsft("tune", "--resume", "--out", tmp_path / "run", "--json")
+    assert code == 0 and json.loads(out)["resumed"]
+
+
+def test_ctrl_c_does_not_take_an_old_run_for_the_new_one(ctsft, files, finished, monkeypatch):
+    monkeypatch.setattr(train, "load_model", interrupt)
+    code, _, err = ctsft("tune", *options(files), "--out", finished, "--overwrite")
+    assert code == 130
+    assert "nothing was begun" in err
+    assert (finished / "run.json").exists()
+
+
+def test_kill_9_then_resume(ctsft, files, tmp_path):
+    """A real process, killed by the system in the middle of its training."""
+    args = ["tune", *options(files, steps=60), "--amplitude-dropout", "0.2"]
+    assert ctsft(*args, "--out", tmp_path / "unbroken")[0] == 0
+    code = "from ctsft.cli import main; from ctsft.tune import run; run.SAVE_EVERY = 0; main.main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *args, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "checkpoints" / "checkpoint-5").exists():
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert ctsft("tune", "--resume", "--out", tmp_path / "run")[0] == 0
+    found, wanted = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("run", "unbroken"))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in found)
+    found, wanted = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("run", "unbroken"))
+    assert found["after"] == wanted["after"]
+    assert [e["loss"] for e in found["curve"]] == [e["loss"] for e in wanted["curve"]]
