@@ -1,0 +1,208 @@
+"""The pages are true: their code runs, what they name exists, and what exists is named."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from typer.main import get_command
+
+import tiny
+from ctsft.cli import main as cli
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+import generate  # noqa: E402
+
+WRITTEN = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in generate.PAGES)]
+PAGES = [*WRITTEN, *(ROOT / "docs" / name for name in generate.PAGES)]
+WORDS = 700
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+STAND_IN = {"smollm2-135m": "my-model", "path/or/hub-id": "my-model", "...": "red?"}  # in commands, word by word
+NOT_RUN = {  # only looked at: do the target, the command and its options exist?
+    "make": "needs an environment of its own, or minutes",
+    "pip": "installs",
+    "ctsft lab run": "minutes; tests/test_cli_lab.py runs a small laboratory from end to end",
+    "ctsft lab verdicts": "tests/test_cli_lab.py holds VERDICTS.md to the records",
+    "ctsft lab report": "tests/test_page.py writes the page",
+    "ctsft tune --resume": "tests/test_tune_run.py kills and resumes",
+}
+
+
+def fences(path, language):
+    """The code blocks of a Markdown file in `language`, as (line, text)."""
+    tokens = MarkdownIt().parse(path.read_text(encoding="utf-8"))
+    return [(t.map[0] + 1, t.content) for t in tokens if t.type == "fence" and t.info.strip() == language]
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with what the pages name: a model, rows, and a finished run."""
+    folder = tmp_path_factory.mktemp("docs")
+    tiny.save_model(folder / "my-model")
+    (folder / MODEL).parent.mkdir()
+    (folder / MODEL).symlink_to(folder / "my-model")
+    tiny.save_rows(folder / "my.jsonl")
+    (folder / "my.txt").write_text("".join(f"{w} is a colour, and a word.\n\n" for w in tiny.WORDS * 40))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert not command(["tune", "--model", "my-model", "--data", "my.jsonl", "--out", "runs/mine", "--steps", "2"])
+    return folder
+
+
+@pytest.fixture
+def inside(world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def command(words):
+    """Run ctsft with `words`; its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["ctsft", *words])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    return stop.value.code
+
+
+def parsed(words):
+    """Parse the words of a ctsft command without running it: unknown commands and options are errors."""
+    found, names = get_command(cli.app), list(words)
+    while hasattr(found, "commands"):
+        found = found.commands[names.pop(0)]
+    with found.make_context("ctsft", names):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------------------- code blocks
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if fences(p, "python")], ids=name_of)
+def test_python_blocks_run(path, inside):
+    """In their order, in one namespace, as one who reads the page from the top would paste them."""
+    names = {"__name__": "__main__"}
+    for line, text in fences(path, "python"):
+        exec(compile("\n" * line + text, str(path), "exec"), names)
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if fences(p, "bash")], ids=name_of)
+def test_bash_blocks_run(path, inside, capfd):
+    for text in [text for _, text in fences(path, "bash")]:
+        for line in filter(None, (shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines())):
+            while "=" in line[0]:
+                line = line[1:]  # a variable of the environment
+            program, words = Path(line[0]).name, line[1:]
+            told = " ".join([program, *words])
+            if program == "make":
+                assert words and re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), told
+            elif program == "pip":
+                extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+                wanted = re.findall(r"\[([\w,]+)\]", told)
+                assert {e for part in wanted for e in part.split(",")} <= {*extras}, told
+            elif any(told.startswith(prefix) for prefix in NOT_RUN):
+                parsed(words)
+            elif program == "ctsft":
+                code = command([STAND_IN.get(word, word) for word in words])
+                assert not code, f"{told}: {capfd.readouterr().err}"
+            else:
+                pytest.fail(f"{path}: {told!r} is neither run nor listed in NOT_RUN")
+
+
+def test_what_is_not_run_is_somewhere():
+    every = "\n".join(text for path in PAGES for _, text in fences(path, "bash"))
+    assert [prefix for prefix in NOT_RUN if prefix not in every] == []
+
+
+# ------------------------------------------------------------------------------------------------------ names and links
+
+
+def test_readme_is_short():
+    words = len((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert words <= WORDS, f"README.md has {words} words; move some to docs/"
+
+
+@pytest.mark.parametrize("name", generate.PAGES)
+def test_made_pages_are_what_the_code_says(name):
+    wanted = generate.PAGES[name]()
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == wanted, f"docs/{name} is stale; run: make docs"
+
+
+def test_every_command_and_option_is_documented():
+    """Read off the page itself, not off what makes it."""
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (ctsft [\w -]+)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    assert set(sections) == {name for name, _ in generate.commands()}
+    for name, found in generate.commands():
+        for option in (o for p in found.params if p.param_type_name == "option" for o in p.opts):
+            assert f"`{option}`" in sections[name], f"{name} {option}"
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+def test_options_in_the_text_exist(path):
+    known = {o for _, found in generate.commands() for p in found.params for o in [*p.opts, *p.secondary_opts]}
+    known |= {"--help", "--only"}  # of benchmarks/run.py
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`[^`\n]*?(--[a-z][\w-]*)", text)) <= known
+
+
+def test_every_file_is_in_the_map_and_the_map_names_no_other():
+    page = (ROOT / "docs" / "files.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\S+\.py)` \| (.+) \|$", page, re.MULTILINE)
+    there = [ROOT / "src" / "ctsft" / "__init__.py"]
+    for folder in ("src", *generate.FOLDERS):
+        there += [p for p in (ROOT / folder).glob("**/*.py") if p.name != "__init__.py"]
+    assert sorted(name for name, _ in rows) == sorted(name_of(p) for p in there)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_paths_in_the_text_exist(path):
+    """`src/...` and the like, in backticks, are files or folders of the repository."""
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r"`((?:src|docs|tests|benchmarks|recipes|examples|experiments|packages)/[\w./-]*)`", text)
+    assert [name for name in found if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#[\w-]+)?\)", text):
+        assert (path.parent / target).exists(), target
+
+
+def test_public_names_are_in_the_reference():
+    import ctsft
+
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert [n for n in ctsft.__all__ if not re.search(rf"^\.\. auto\w+:: {n}$", page, re.MULTILINE)] == []
+
+
+def test_every_page_is_in_the_menu():
+    menu = "\n".join(text for _, text in fences(ROOT / "docs" / "index.md", "{toctree}"))
+    pages = {p.stem for p in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert pages == {line.strip() for line in menu.splitlines() if re.fullmatch(r"[\w-]+", line.strip())} & pages
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """`make docs`: the API reference from the docstrings, and every link between pages."""
+    build = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", tmp_path / "trees", "docs", tmp_path]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "ctsft.calibrate" in (tmp_path / "api.html").read_text(encoding="utf-8")
+
+
+def test_docs_and_examples_have_docstrings():
+    for folder in ("docs", "examples"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
