@@ -16,6 +16,7 @@ MADE = "<!-- Made by `make docs`; do not edit. -->\n\n"
 FOLDERS = {  # of Python files that the map shows, beside the rooms of the package
     "benchmarks": "the measured tables of `benchmarks/RESULTS.md`; `make bench`",
     "recipes": "what makes or fetches models and texts",
+    "packages/ctsft-photonic/src/ctsft_photonic": "PhotonicGPT's weights, tokenizer and card, a package of their own",
     "examples": "scripts and a notebook to start from",
     "docs": "this site; `make docs`",
 }
@@ -109,7 +110,7 @@ def files_page() -> str:
     package = ROOT / "src" / "ctsft"
     rooms = [package, *sorted(p.parent for p in package.glob("**/__init__.py") if p.parent != package)]
     for folder in [*rooms, *(ROOT / name for name in FOLDERS)]:
-        paths = sorted(p for p in folder.glob("*.py") if p.name != "__init__.py" or folder == package)
+        paths = sorted(p for p in folder.glob("*.py") if p.name != "__init__.py" or folder not in rooms[1:])
         if not paths:
             continue
         where = folder.relative_to(ROOT).as_posix()
