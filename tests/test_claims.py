@@ -1,12 +1,11 @@
-from pathlib import Path
-
 import pytest
 
 from ctsft.errors import CTError
 from ctsft.lab.claims import expanded, read_claims
+from ctsft.lab.experiments import PAPERS
 from synthetic import claim
 
-CLAIMS = read_claims(Path(__file__).parents[1] / "experiments" / "claims.toml")
+CLAIMS = read_claims(PAPERS / "claims.toml")
 K = {"k": [2, 4, 8, 16]}
 
 

@@ -10,9 +10,10 @@ from ctsft.cli import lab as cli_lab
 from ctsft.cli.main import app
 from ctsft.errors import CTError
 from ctsft.lab.compare import arm_runs
+from ctsft.lab.experiments import PAPERS
+from ctsft.lab.spec import Spec
 
 ROOT = Path(__file__).parents[1]
-EXPERIMENTS = ROOT / "experiments"
 
 
 def lab(*words):
@@ -28,14 +29,16 @@ def here(monkeypatch):
 
 def test_list_names_every_experiment(here):
     said = lab("list", "--profile", "quick")
-    for path in EXPERIMENTS.glob("*.toml"):
+    for path in PAPERS.glob("*.toml"):
         assert path.stem in said or path.stem in ("defaults", "claims"), path
 
 
-def test_outside_a_laboratory_it_says_so(tmp_path, monkeypatch):
+def test_from_any_folder_the_papers_are_there_and_no_run_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CTError, match="holds no laboratory"):
-        cli_lab.list_experiments()
+    assert "Amplitude-only SFT" in lab("list", "--profile", "quick")
+    with pytest.raises(CTError, match=r"nowhere/defaults\.toml cannot be read"):
+        cli_lab.list_experiments(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,7 @@ def test_a_small_experiment_runs_resumes_and_is_reported(tmp_path):
     """The whole way, from a TOML of one arm to tables, verdicts and the page; the second call computes nothing."""
     folder = tmp_path / "experiments"
     folder.mkdir()
-    (folder / "defaults.toml").write_text((EXPERIMENTS / "defaults.toml").read_text())
+    (folder / "defaults.toml").write_text((PAPERS / "defaults.toml").read_text())
     (folder / "claims.toml").write_text(
         """
 [[claim]]
@@ -84,15 +87,16 @@ columns = { K = "k", "Final loss" = "train_loss", Trained = "trained" }
 paper = [{ K = 2, "Final loss" = 9.5846 }]
 """
     )
-    words = ("run", "tiny", "--profile", "quick", "--experiments", folder, "--workers", 1)
+    here = ("--profile", "quick", "--experiments", folder, "--records", tmp_path / "records")
+    words = ("run", "tiny", *here, "--workers", 1)
     said = lab(*words)
     assert "9.5846" in said and "132" in said
-    kept = sorted((folder / "records").glob("*.json"))
-    assert len(kept) == 2
-    before = [p.stat().st_mtime_ns for p in kept]
+    (kept,) = (tmp_path / "records").glob("*.jsonl")
+    assert kept.name == "photonic-diagonal.jsonl" and len(kept.read_text().splitlines()) == 2
+    before = kept.stat().st_mtime_ns
     lab(*words)
-    assert [p.stat().st_mtime_ns for p in kept] == before
-    lab("report", "--profile", "quick", "--experiments", folder, "--out", tmp_path / "lab.html")
+    assert kept.stat().st_mtime_ns == before
+    lab("report", *here, "--out", tmp_path / "lab.html")
     assert "Does it run?" in (tmp_path / "lab.html").read_text()
 
 
@@ -124,7 +128,7 @@ def test_the_committed_verdicts_are_what_the_committed_records_say(here):
 
 
 def test_arms_of_the_arena_that_should_train_equally_many_numbers_do(here):
-    laboratory, known = cli_lab.opened(EXPERIMENTS, None)
+    laboratory, known = cli_lab.opened(None, Path("records"))
     ran = [row for row in arm_runs(laboratory, "arena", known) if row.records]
     lora = {(row.spec.model, row.spec.k): row.mean("trained") for row in ran if row.spec.method == "lora"}
     assert len({model for model, _ in lora}) >= 2
@@ -135,6 +139,11 @@ def test_arms_of_the_arena_that_should_train_equally_many_numbers_do(here):
             assert row.mean("trained") == pytest.approx(lora[row.spec.model, int(row.name[17:])], rel=0.02)
 
 
-def test_records_are_json_of_this_format():
-    for path in (EXPERIMENTS / "records").glob("*.json"):
-        assert json.loads(path.read_text())["format"] == 1
+def test_committed_records_are_whole_sorted_lines_of_this_format():
+    for path in (ROOT / "records").iterdir():
+        if path.name != ".lock":
+            *lines, end = path.read_text(encoding="utf-8").split("\n")
+            found = [json.loads(line) for line in lines]
+            assert end == "" and {record["format"] for record in found} == {1}
+            specs = [Spec(**record["spec"]) for record in found]
+            assert {f"{spec.short}-{spec.method}.jsonl" for spec in specs} == {path.name}

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.lab.experiments import arms, read_laboratory
+from ctsft.lab.experiments import PAPERS, arms, read_laboratory
 from ctsft.lab.rates import due
 from ctsft.lab.schedule import counted_parameters, parse_schedule
 from ctsft.lab.spec import PAPER_LR
 from test_schedule import PHOTONIC
 
-FOLDER = Path(__file__).parents[1] / "experiments"
 SETTINGS = [(profile, protocol) for profile in ("quick", "full") for protocol in ("honest", "paper")]
 NO_K = ("full", "norms", "ia3")
 WIDTH = {"photonic": 256, "stories260k": 64, "stories15m": 288, "smollm2-135m": 576, "tinyllama-1.1b": 2048}
@@ -51,7 +50,7 @@ def read(folder, text="[[arms]]\nk = 2\n", profile="full", protocol="honest", **
 
 @pytest.fixture(scope="module")
 def laboratory():
-    return read_laboratory(FOLDER)
+    return read_laboratory()
 
 
 # --------------------------------------------------------------------------------------------------------------- grids
@@ -320,12 +319,12 @@ def test_the_papers_tables_are_copied_right(laboratory):
 
 def test_the_papers_figures_are_in_their_papers():
     """Every number that is printed with four digits or more stands in a paper's text, where the texts are at hand."""
-    folder = FOLDER.parents[1] / "shared" / "papers"
+    folder = Path(__file__).parents[2] / "shared" / "papers"
     if not folder.is_dir():
         pytest.skip("the papers' texts are not here")
     text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.txt")).replace(",", "")
     found = 0
-    for path in FOLDER.glob("8[12358].toml"):
+    for path in PAPERS.glob("8[12358].toml"):
         raw = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=str)
         for table in raw["tables"]:
             for row in table.get("paper", []):

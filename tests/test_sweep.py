@@ -17,7 +17,7 @@ from rich.console import Console
 from ctsft.errors import CTError
 from ctsft.lab import sweep as module
 from ctsft.lab.rates import choose_rate, due
-from ctsft.lab.records import Records
+from ctsft.lab.records import Record, Records
 from ctsft.lab.spec import TUNE_SEEDS, Arm, Spec
 from ctsft.lab.sweep import Clock, Workers, check_answers, in_process, make_engine, on_ray, processes, sweep
 from synthetic import record
@@ -87,7 +87,9 @@ def tuned(folder, k=1, rates=(0.0016, 0.005, 0.016), seeds=(0, 1), tune_seeds=1,
 
 
 def on_disk(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The lines of all whole records, by key."""
+    lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines(keepends=True)]
+    return {Record.model_validate_json(line).spec.key: line for line in lines if line.endswith("\n")}
 
 
 def alive(pid):
@@ -137,10 +139,11 @@ def test_only_what_is_missing_is_computed_and_written(log, tmp_path):
     report = sweep([arm], Records(tmp_path / "r"), fake)
     assert report.finished == [s.key for s in specs] and not report.failed and not report.retried
     whole = on_disk(tmp_path / "r")
-    assert sorted(whole) == sorted(f"{s.key}.json" for s in specs)
+    assert sorted(whole) == sorted(s.key for s in specs)
 
     assert sweep([arm], Records(tmp_path / "r"), fake).finished == []
-    (tmp_path / "r" / f"{specs[1].key}.json").unlink()
+    (file,) = (tmp_path / "r").glob("*.jsonl")
+    file.write_text("".join(line for key, line in whole.items() if key != specs[1].key))
     assert sweep([arm], Records(tmp_path / "r"), fake).finished == [specs[1].key]
     assert started(log) == {specs[0].key: 1, specs[1].key: 2, specs[2].key: 1}
     assert on_disk(tmp_path / "r") == whole
@@ -150,7 +153,7 @@ def test_every_record_is_on_disk_before_the_next_run_starts(log, tmp_path):
     seen = []
 
     def watching(spec):
-        seen.append(len(list((tmp_path / "r").glob("*.json"))))
+        seen.append(len(on_disk(tmp_path / "r")))
         return record_of(spec)
 
     sweep([plain(log)], Records(tmp_path / "r"), watching)
@@ -247,7 +250,7 @@ def test_a_failed_run_stops_neither_the_others_nor_the_sweep(log, tmp_path, engi
     arms = [plain(log, text=text, seeds=(0,), k=k) for k, text in enumerate(texts, 1)]
     good, mistake, bug, other, no_json = (arm.final(5e-3)[0].key for arm in arms)
     report = sweep(arms[1:] + arms[:1], Records(tmp_path / "r"), fake, engine)
-    assert report.finished == [good] and list(on_disk(tmp_path / "r")) == [f"{good}.json"]
+    assert report.finished == [good] and list(on_disk(tmp_path / "r")) == [good]
     assert report.failed == {
         mistake: "there is no such text; name another.",
         bug: "ZeroDivisionError: the second",
@@ -350,7 +353,7 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(log, tmp_path):
     pressed = []
 
     def press():
-        wait_until(lambda: starts(hangs) and len(list((tmp_path / "r").glob("*.json"))) == 2)
+        wait_until(lambda: starts(hangs) and len(on_disk(tmp_path / "r")) == 2)
         pressed.append(time.monotonic())
         os.kill(int(starts(hangs)[0].read_text()), signal.SIGINT)  # a terminal sends it to the workers too
         time.sleep(0.3)
@@ -363,7 +366,7 @@ def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(log, tmp_path):
     thread.join()
     assert len(starts(hangs)) == 1 and time.monotonic() - pressed[0] < 30
     assert not any(alive(pid) for pid in started_pids(log))
-    assert sorted(on_disk(tmp_path / "r")) == sorted(f"{s.key}.json" for s in arm.final(5e-3) if s != hangs)
+    assert sorted(on_disk(tmp_path / "r")) == sorted(s.key for s in arm.final(5e-3) if s != hangs)
 
 
 @linux

@@ -8,14 +8,13 @@ from ctsft.errors import CTError
 from ctsft.lab import predicates, verdicts
 from ctsft.lab.claims import ARGUMENTS, expanded, read_claims
 from ctsft.lab.compare import ArmRuns
-from ctsft.lab.experiments import arms, read_laboratory
+from ctsft.lab.experiments import PAPERS, arms, read_laboratory
 from ctsft.lab.predicates import PREDICATES
 from ctsft.lab.spec import Spec
 from ctsft.lab.verdicts import judge, markdown
 from synthetic import claim, laboratory, record, run
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-CLAIMS = read_claims(EXPERIMENTS / "claims.toml")
+CLAIMS = read_claims(PAPERS / "claims.toml")
 NOISE = (0.0, 0.004, -0.003, 0.002, -0.001)  # by seed; another for every run, see `noise`
 
 
@@ -380,7 +379,7 @@ def test_the_correction_counts_every_claim_and_control():
 # ----------------------------------------------------------------------------------------- the claims of the papers
 
 
-LABORATORY = read_laboratory(EXPERIMENTS)
+LABORATORY = read_laboratory()
 ARMS = {name: list(arms(LABORATORY, name)) for name in LABORATORY.experiments}
 EVERY = [one for c in CLAIMS for one in ([c, c.control()] if c.artefact else [c])]
 NAMES = [f"{one.id}{'' if i == 0 or EVERY[i - 1].id != one.id else '-control'}" for i, one in enumerate(EVERY)]

@@ -16,34 +16,39 @@ lab = typer.Typer(
 err = Console(stderr=True)
 out_console = Console()
 
-Folder = Annotated[Path, typer.Option(help="Folder of the experiments (TOML) and of claims.toml.")]
-RecordsFolder = Annotated[
-    Path | None, typer.Option(help="Folder of the records, one JSON file a run. (default: records in the experiments)")
+Folder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of your own experiments (TOML), defaults.toml and claims.toml. (default: the papers')"),
 ]
+RecordsFolder = Annotated[Path, typer.Option(help="Folder of the records, JSON lines, one line a run.")]
 ProfileName = Annotated[str, typer.Option(help="quick or full: how many seeds, and which of the long runs.")]
 Protocol = Annotated[
     str, typer.Option(help="honest (tuned, several seeds) or paper (to the letter: lr 5e-3, one seed).")
 ]
-HERE = Path("experiments")
+RECORDS = Path("records")
 WIDE = 200  # columns of a table that goes to a file or pipe
 
 
-def opened(folder: Path, records: Path | None) -> tuple[Any, Any]:
+def opened(folder: Path | None, records: Path) -> tuple[Any, Any]:
     """The laboratory of a folder and its records."""
-    from ctsft.lab.experiments import read_laboratory
+    from ctsft.lab.experiments import PAPERS, read_laboratory
     from ctsft.lab.records import Records
 
-    if not (folder / "defaults.toml").exists():
-        raise CTError(
-            f"{folder} holds no laboratory (no defaults.toml); run this where experiments/ lies, or give --experiments."
-        )
-    return read_laboratory(folder), Records(records or folder / "records")
+    return read_laboratory(folder or PAPERS), Records(records)
+
+
+def claims_of(folder: Path | None) -> Any:
+    """The claims of a folder of experiments."""
+    from ctsft.lab.claims import read_claims
+    from ctsft.lab.experiments import PAPERS
+
+    return read_claims((folder or PAPERS) / "claims.toml")
 
 
 @lab.command("list", epilog="Example: ctsft lab list --profile quick")
 def list_experiments(
-    experiments: Folder = HERE,
-    records: RecordsFolder = None,
+    experiments: Folder = None,
+    records: RecordsFolder = RECORDS,
     profile: ProfileName = "full",
     protocol: Protocol = "honest",
 ) -> None:
@@ -64,8 +69,8 @@ def list_experiments(
 @lab.command("run", epilog="Example: ctsft lab run 81 88 --profile quick --records runs/lab --workers 2")
 def run_experiments(
     names: Annotated[list[str] | None, typer.Argument(help="Experiments; without names, all of them.")] = None,
-    experiments: Folder = HERE,
-    records: RecordsFolder = None,
+    experiments: Folder = None,
+    records: RecordsFolder = RECORDS,
     profile: ProfileName = "full",
     protocol: Protocol = "honest",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each. (default: all cores)")] = None,
@@ -137,8 +142,8 @@ def show_tables(laboratory: Any, name: str, records: Any, profile: str, protocol
 
 @lab.command("verdicts", epilog="Example: ctsft lab verdicts --check")
 def verdicts(
-    experiments: Folder = HERE,
-    records: RecordsFolder = None,
+    experiments: Folder = None,
+    records: RecordsFolder = RECORDS,
     profile: ProfileName = "full",
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("VERDICTS.md"),
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the file is stale.")] = False,
@@ -147,11 +152,10 @@ def verdicts(
     from collections import Counter
 
     from ctsft.files import write_text
-    from ctsft.lab.claims import read_claims
     from ctsft.lab.verdicts import judge, markdown
 
     laboratory, known = opened(experiments, records)
-    judged = judge(read_claims(experiments / "claims.toml"), laboratory, known, profile)
+    judged = judge(claims_of(experiments), laboratory, known, profile)
     text = markdown(judged)
     if check:
         if not out.exists() or out.read_text(encoding="utf-8") != text:
@@ -165,18 +169,17 @@ def verdicts(
 
 @lab.command("report", epilog="Example: ctsft lab report --out lab.html")
 def report(
-    experiments: Folder = HERE,
-    records: RecordsFolder = None,
+    experiments: Folder = None,
+    records: RecordsFolder = RECORDS,
     profile: ProfileName = "full",
     protocol: Protocol = "honest",
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("runs/lab.html"),
 ) -> None:
     """Write one self-contained page: the claims first, then every experiment with its plots."""
-    from ctsft.lab.claims import read_claims
     from ctsft.lab.page import write_lab_report
     from ctsft.lab.verdicts import judge
 
     laboratory, known = opened(experiments, records)
-    judged = judge(read_claims(experiments / "claims.toml"), laboratory, known, profile)
+    judged = judge(claims_of(experiments), laboratory, known, profile)
     write_lab_report(laboratory, known, judged, out, profile, protocol)
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")

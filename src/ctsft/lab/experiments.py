@@ -16,6 +16,7 @@ from ctsft.lab.rates import GRID, rate
 from ctsft.lab.schedule import parse_schedule
 from ctsft.lab.spec import PAPER_LR, Arm, Method, Protocol, Spec, Strict
 
+PAPERS = Path(__file__).with_name("papers")  # the experiments and claims that come with the package
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -75,7 +76,7 @@ class Experiment(Strict):
 
 
 class Laboratory(Strict):
-    """All that `experiments/` says."""
+    """All that a folder of experiments says."""
 
     base: dict[str, Any]
     rates: dict[str, PositiveFloat] = Field(description="the middle of the first grid, by method or by model.method")
@@ -89,7 +90,7 @@ class Laboratory(Strict):
         return self
 
 
-def read_laboratory(folder: Path) -> Laboratory:
+def read_laboratory(folder: Path = PAPERS) -> Laboratory:
     """`defaults.toml` and every other experiment of `folder`; CTError names the file and every wrong key."""
     defaults = read_toml(folder / "defaults.toml")
     experiments = {}

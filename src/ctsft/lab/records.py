@@ -1,14 +1,15 @@
 """What a run leaves: its record, and the folder that keeps the records of all runs. Nothing here imports torch."""
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
+from filelock import FileLock
 from pydantic import Field, ValidationError
 
-from ctsft.errors import CTError
-from ctsft.files import write_text
+from ctsft.errors import CTError, wrong_fields
 from ctsft.lab.spec import Spec, Strict
 
 
@@ -49,24 +50,64 @@ class Record(Strict, allow_inf_nan=False):
 
 
 class Records(dict[str, Record]):
-    """Finished runs by key, read from and written to a folder of JSON files, one a run."""
+    """Finished runs by key, kept in a folder of JSON lines: a file for every model and method, a line for every run.
+
+    Other tools read the files as they are:
+
+        jq -r 'select(.spec.k == 32) | [.spec.lr, .train_loss[-1]] | @tsv' records/photonic-diagonal.jsonl
+        pandas.json_normalize(pandas.read_json("records/photonic-lora.jsonl", lines=True).to_dict("records"))
+        duckdb -c "SELECT spec.model, spec.method, avg(trained) FROM 'records/*.jsonl' GROUP BY ALL"
+
+    Lines are added at the end, under a lock, and never changed. A last line without its end is what a killed process
+    left: it is no record, and the next one takes its place.
+    """
 
     def __init__(self, folder: Path) -> None:
+        """Read all that is in `folder`, which need not exist. CTError names the line that is no record."""
         super().__init__()
         self.folder = folder
-        for path in sorted(folder.glob("*.json")):
-            try:
-                record = Record.model_validate_json(path.read_bytes())
-            except (OSError, ValidationError) as error:
-                raise CTError(
-                    f"{path} is no record of this ctsft ({error}); move it away and run the experiment again."
-                ) from None
-            self[record.spec.key] = record
+        if any(folder.glob("*.json")):
+            raise CTError(
+                f"{folder} has a file for every run, as ctsft once wrote them; join them and move them away: "
+                f"cat {folder}/*.json > {folder}/joined.jsonl"
+            )
+        for path in sorted(folder.glob("*.jsonl")):
+            *lines, _torn = path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = Record.model_validate_json(line)
+                except ValidationError as error:
+                    raise CTError(
+                        f"line {number} of {path} is no record of this ctsft ({wrong_fields(error)}); delete the line "
+                        "and run the experiment again."
+                    ) from None
+                self[record.spec.key] = record
 
     def add(self, record: Record) -> None:
-        """Keep `record`, in memory and whole on disk."""
-        write_text(self.folder / f"{record.spec.key}.json", record.model_dump_json() + "\n")
+        """Keep `record`, in memory and whole on disk; where that fails, nothing has changed."""
+        line = record.model_dump_json().encode() + b"\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{record.spec.short}-{record.spec.method}.jsonl"
+        with FileLock(self.folder / ".lock"), path.open("ab+", buffering=0) as file:
+            end = end_of_lines(file)
+            file.truncate(end)
+            try:
+                file.write(line)
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(end)
+                raise
         self[record.spec.key] = record
+
+
+def end_of_lines(file: IO[bytes]) -> int:
+    """Where the last line that has an end, ends."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if size == 0 or file.read(1) == b"\n":
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 def finite(value: Any) -> Any:

@@ -65,8 +65,12 @@ class Spec(Strict):
     def key(self) -> str:
         """The name of this run's record: readable, and ended by a hash of every field that is not the default."""
         text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
-        short = Path(self.model).name.lower()
-        return f"{short}-{self.method}-k{self.k}-{xxhash.xxh3_64_hexdigest(text.encode())}"
+        return f"{self.short}-{self.method}-k{self.k}-{xxhash.xxh3_64_hexdigest(text.encode())}"
+
+    @property
+    def short(self) -> str:
+        """The model in one word."""
+        return Path(self.model).name.lower()
 
 
 class Arm(Strict):

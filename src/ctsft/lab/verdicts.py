@@ -200,7 +200,7 @@ def markdown(verdicts: Verdicts) -> str:
         f"(t, over seeds). A claim is confirmed, or refuted, at p <= {LEVEL} after Holm's correction over the "
         f"{verdicts.tests} tests of all claims and controls, for either direction apart; fewer than {SEEDS} seeds give "
         "no verdict. *Artefact*: it holds as the paper has it, and the control without the named cause refutes it. "
-        "The effect sizes stand in `experiments/claims.toml` and were written before the runs were read.",
+        "The effect sizes stand in `src/ctsft/lab/papers/claims.toml` and were written before the runs were read.",
     ]
     titles = {"derived": "Arithmetic on the papers' figures", "ours": "Our own expectations"}
     sources = list(dict.fromkeys(v.claim.source for v in verdicts))
