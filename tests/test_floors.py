@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "ctsft"
 
 ROOMS = {  # the lowest first; "" holds the small files that all use
-    "": ["errors", "choices", "files", "compat"],
+    "": ["errors", "choices", "files", "progress", "compat"],
     "data": ["sql", "rows"],
     "models": ["photonic", "load"],
     "spectral": ["decompose", "weights", "basis", "universal", "cache"],
@@ -24,21 +24,8 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
-    *(
-        "errors",
-        "choices",
-        "files",
-        "compat",
-        "data.sql",
-        "tune.recipe",
-        "tune.report",
-        "cli.main",
-        "cli.lab",
-        "cli.console",
-        "cli.tune",
-        "cli.adapter",
-        "cli.inspect",
-    ),
+    *("errors", "choices", "files", "progress", "compat", "data.sql", "tune.recipe", "tune.report"),
+    *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
     *("pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.sweep", "lab.metrics"),
     *("lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),

@@ -6,11 +6,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ctsft.adapter.config import RECOMPUTABLE, CTConfig
 from ctsft.adapter.model import check_k, find_targets
 from ctsft.errors import CTError
+from ctsft.progress import watched
 from ctsft.spectral.basis import gradient_basis, input_basis
 from ctsft.spectral.weights import matrix
 
@@ -35,9 +35,7 @@ def calibrate(model: nn.Module, config: CTConfig, batches: Iterable[Mapping[str,
     collect = mean_gradients if config.basis == "gradient" else input_grams
     collected = collect(model, modules, batches)
     make = gradient_basis if config.basis == "gradient" else input_basis
-    config.calibrated = {
-        n: make(g, ks[n]) for n, g in tqdm(collected.items(), "basis", leave=False, delay=2, disable=None)
-    }
+    config.calibrated = {n: make(g, ks[n]) for n, g in watched(collected.items(), "basis")}
     return config
 
 

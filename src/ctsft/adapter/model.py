@@ -12,13 +12,13 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ctsft.adapter.config import CTSFT, RECOMPUTABLE, CTConfig
 from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.store import adapted, base_fingerprint, check_same_base, pack, unpack
 from ctsft.compat import linear_names, selects, shortest_names
 from ctsft.errors import CTError
+from ctsft.progress import watched
 from ctsft.spectral.basis import Basis, paired, random_basis, replacing, two_sides, weight_basis
 from ctsft.spectral.cache import keeps_bases, key_of, read_bases, write_bases
 from ctsft.spectral.decompose import iterated, one_thread, principal_directions, seconds
@@ -188,8 +188,7 @@ def computed(
         maker, workers = basis_maker(model, config, ks.values()), torch.get_num_threads()
         with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             made = pool.map(lambda n: maker(n, weights[n], ks[n]), rest)
-            progress = tqdm(made, "basis", len(rest), leave=False, delay=2, disable=None, unit="matrix")
-            found |= dict(zip(rest, progress, strict=True))
+            found |= dict(zip(rest, watched(made, "basis", len(rest)), strict=True))
     larger = {n: found[n] for n in rest if n not in kept or kept[n].k < found[n].k}
     if keep and larger:
         write_bases(key, kept | larger)

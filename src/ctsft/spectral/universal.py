@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ctsft.errors import CTError
 from ctsft.files import read_json
 from ctsft.models.load import load_skeleton, one_sentence
+from ctsft.progress import watched
 from ctsft.spectral.decompose import one_thread, principal_directions
 from ctsft.spectral.weights import ROWS, check_finite, gram_of, matrix, takes_part_transposed, universal_members, width
 
@@ -50,8 +50,8 @@ def universal_basis(model: str | Path, bar: str | None = None) -> UniversalBasis
     members = universal_members(skeleton, d_model)
     checkpoint = Checkpoint(folder, skeleton)
     checkpoint.check(members)
-    watched = tqdm(members.items(), bar, leave=False, delay=2, disable=True if bar is None else None, unit="matrix")
-    gram = gram_of((piece for name, m in watched for piece in checkpoint.rows(name, m, d_model)), d_model)
+    shown = watched(members.items(), bar)
+    gram = gram_of((piece for name, m in shown for piece in checkpoint.rows(name, m, d_model)), d_model)
     with one_thread():
         values = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0)
     return UniversalBasis(principal_directions(gram, d_model), values, len(members))

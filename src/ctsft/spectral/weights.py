@@ -11,11 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 import xxhash
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ctsft.compat import unwrapped
 from ctsft.errors import CTError
+from ctsft.progress import watched
 from ctsft.spectral.decompose import one_thread
 
 MATRIX_MODULES = (nn.Linear, Conv1D, nn.Embedding)
@@ -115,8 +115,8 @@ def universal_gram(members: dict[str, nn.Module], d_model: int, bar: str | None 
 
     `bar` is the text of a progress bar, None for no bar. Raises CTError as `checked` and `takes_part_transposed` do.
     """
-    watched = tqdm(members.items(), bar, leave=False, delay=2, disable=True if bar is None else None, unit="matrix")
-    return gram_of((p for n, m in watched for p in rows(n, checked(n, m), d_model).detach().split(ROWS)), d_model)
+    shown = watched(members.items(), bar)
+    return gram_of((p for n, m in shown for p in rows(n, checked(n, m), d_model).detach().split(ROWS)), d_model)
 
 
 def gram_of(pieces: Iterable[Tensor], d_model: int) -> Tensor:

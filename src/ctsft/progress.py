@@ -1,0 +1,67 @@
+"""What takes long tells how much is left: a bar on a terminal, elsewhere a plain line every ten seconds."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+DELAY = 2.0  # seconds before a bar shows
+EVERY = 10.0  # seconds between plain lines
+LINE = "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"
+
+
+class Lines:
+    """A text file that gets what tqdm draws over and over as lines, one below the other."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, text: str) -> None:
+        if line := text.strip():
+            self.file.write(line + "\n")
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def watched(
+    items: Iterable[Any] | None = None, text: str | None = "", total: int | None = None, file: TextIO | None = None
+) -> Any:
+    """`items`, telling on `file` (standard error) how many of `total` are done; nothing where `text` is None.
+
+    Without items, call `update(n)` of what is returned. What is done within seconds is not told of.
+    """
+    file = file or sys.stderr
+    settings: dict[str, Any] = {"desc": text, "total": total, "leave": False, "disable": text is None}
+    if file.isatty():
+        return tqdm(items, **settings, file=file, delay=DELAY, dynamic_ncols=True)
+    return tqdm(items, **settings, file=Lines(file), delay=EVERY, mininterval=EVERY, miniters=1, bar_format=LINE)
+
+
+@contextmanager
+def waiting(console: "Console", text: str) -> Iterator[None]:
+    """Around what has no steps to count: `text` with a spinner on a terminal, elsewhere with the seconds so far."""
+    if console.is_terminal:
+        with console.status(text):
+            yield
+        return
+    began, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(EVERY):
+            console.print(f"{text}: {time.monotonic() - began:.0f} s", markup=False, highlight=False, soft_wrap=True)
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
