@@ -1,7 +1,7 @@
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.lab.claims import expanded, read_claims
+from ctsft.lab.claims import applicable, expanded, read_claims
 from ctsft.lab.experiments import PAPERS
 from synthetic import claim
 
@@ -94,3 +94,60 @@ def test_every_wrong_claim_is_told_at_once(tmp_path):
 def test_a_claim_that_says_nothing_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         claim(**values)
+
+
+# ------------------------------------------------------------------------------------------- on a user's own model
+
+
+def test_a_claim_is_asked_of_the_users_model_and_text():
+    one = claim("less", where={"text": "sql", "steps": 5}, a={"k": 4}, b=[{"k": 2}, {"k": 8, "text": "other"}])
+    (asked,), aside = applicable([one], ["x"], "my/model", "my.txt")
+    assert aside == {}
+    assert asked.where == {"steps": 5, "model": "my/model", "text": "my.txt"}
+    assert (asked.a, asked.b) == ({"k": 4}, ({"k": 2}, {"k": 8}))
+    (asked,), _ = applicable([one], ["x"], "my/model")  # no text: each keeps its own
+    assert asked.where["text"] == "sql" and asked.b[1] == {"k": 8, "text": "other"}
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"experiments": ["x", "y"]}, "experiment y was not run"),
+        ({"source": "derived"}, "it is arithmetic on the papers' figures"),
+        ({"where": {"model": "tinyllama-1.1b"}}, "it is about tinyllama-1.1b"),
+        ({"a": {"model": ["photonic", "stories15m"], "k": 4}}, "it is about photonic, stories15m"),
+        ({"where": {"model": "tinyllama-1.1b"}, "any_model": True}, None),
+        ({"predicate": "near", "number": 7.8}, "its number, 7.8, was measured on the model of its source"),
+        ({"predicate": "near", "number": 0.0}, None),
+        ({"predicate": "above", "number": 0.999}, None),
+        ({"predicate": "exact", "number": 33, "per": "k"}, "its number, 33, was measured on the model of its source"),
+    ],
+)
+def test_why_a_claim_cannot_be_asked_of_another_model(values, reason):
+    given = {"predicate": "less", "a": {"k": 4}} | values
+    b = {"b": {"k": 2}} if given["predicate"] == "less" else {}
+    asked, aside = applicable([claim(**given | b)], ["x"], "my/model")
+    assert aside == ({} if reason is None else {"1": reason})
+    assert (asked[0].where.get("model") == "my/model") == (reason is None)
+
+
+def test_two_claims_that_become_one_question_are_asked_once():
+    one, other = (
+        claim("less", id=name, where={"model": name}, a={"k": 4}, b={"k": 2}, any_model=True) for name in ("p", "q")
+    )
+    assert applicable([one, other], ["x"], "my/model")[1] == {"q": "of another model it asks the same as p"}
+
+
+def test_the_arena_and_88_have_claims_for_any_model():
+    asked, aside = applicable(CLAIMS, ["arena", "88"], "my/model", "my.txt")
+    assert [one.id for one in asked] == [one.id for one in CLAIMS]
+    left = {one.id for one in asked if one.id not in aside}
+    assert left == {
+        *("87.4", "88.1", "88.2", "88.3", "88.4", "88.6", "ours.1", "ours.2", "ours.4", "ours.5", "ours.6", "ours.7"),
+        "ours.10",
+    }
+
+
+def test_a_claim_for_any_model_names_none_in_its_sentence():
+    told = [one.text.lower() for one in CLAIMS if one.any_model]
+    assert told and not [text for text in told if any(w in text for w in ("llama", "smollm", "stories", "width"))]

@@ -6,7 +6,7 @@ import pytest
 
 from ctsft.errors import CTError
 from ctsft.lab import predicates, verdicts
-from ctsft.lab.claims import ARGUMENTS, expanded, read_claims
+from ctsft.lab.claims import ARGUMENTS, applicable, expanded, read_claims
 from ctsft.lab.compare import ArmRuns
 from ctsft.lab.experiments import PAPERS, arms, read_laboratory
 from ctsft.lab.predicates import PREDICATES
@@ -496,6 +496,27 @@ def test_every_claim_reads_what_its_runs_measure():
     assert not [(v.claim.id, v.control) for v in found if ") not run: " in v.control]
     few = {v.claim.id for v in found if v.claim.predicate != "exact" and v.seeds < 3}
     assert few == set(), "these can never get a verdict: give their arms three seeds"
+
+
+# ------------------------------------------------------------------------------------------ claims that are left out
+
+
+def test_claims_set_aside_are_told_and_not_counted():
+    """Their experiment need not exist, and the correction is for the claims that are judged."""
+    kept, left = claim("less", a={"k": 4}, b={"k": 2}), claim("less", id="2", experiments=["z"], a={"k": 4}, b={"k": 2})
+    lab = laboratory({"k": [2, 4]})
+    found = judge([left, kept], lab, run(lab, losing(FALLING)), aside={"2": "experiment z was not run"})
+    assert [(v.claim.id, v.verdict) for v in found] == [("2", "not applicable"), ("1", "confirmed")]
+    assert (found[0].detail, found.tests) == ("experiment z was not run", 1)
+    assert "1 confirmed, 0 refuted, 0 artefact, 0 inconclusive, 0 not run, 1 not applicable: 2" in markdown(found)
+
+
+def test_a_claim_of_one_model_is_judged_on_another():
+    one = claim("less", where={"model": "photonic"}, a={"k": 4}, b={"k": 2}, any_model=True)
+    lab = laboratory({"k": [2, 4], "model": "my/own"})
+    asked, aside = applicable([one], ["x"], "my/own")
+    found = judge(asked, lab, run(lab, losing(FALLING)), aside=aside)[0]
+    assert (found.verdict, found.detail.split(" is ")[0]) == ("confirmed", "k 2 minus k 4")
 
 
 # --------------------------------------------------------------------------------------------------------- markdown

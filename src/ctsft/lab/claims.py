@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,6 +67,10 @@ class Claim(Strict):
     per: str = ""
     effect: Annotated[float, Field(ge=0)] = Field(description="the size that counts, in the metric's unit")
     protocol: Literal["honest", "paper"] = "honest"
+    any_model: bool = Field(
+        default=False,
+        description="the model and text that it names are only those it was run on: it can be asked of any",
+    )
     artefact: Artefact | None = None
     note: str = ""
 
@@ -147,3 +151,55 @@ def read_claims(path: Path) -> list[Claim]:
     if wrong or not found:
         raise CTError(f"{path} is wrong: {'; '.join(wrong) or 'it holds no claim'}.")
     return claims
+
+
+# ------------------------------------------------------------------------------------------- on a user's own model
+
+
+def applicable(
+    claims: Sequence[Claim], experiments: Collection[str], model: str, text: str = ""
+) -> tuple[list[Claim], dict[str, str]]:
+    """The claims as one asks them of runs of `experiments` on another `model` and `text`, and why some cannot be asked.
+
+    All claims are returned, in order; those that apply have the model (and the text, unless "") in place of their own.
+    The reasons are clauses, by id, for `judge`: such a claim is about runs that were not made, arithmetic on the
+    papers' figures, about a model that it names or whose number it gives, or the same as one before.
+    """
+    asked, aside, first = [], {}, dict[str, str]()
+    for claim in claims:
+        reason = _particular(claim, experiments)
+        one = claim if reason else _asked_of(claim, {"model": model} | ({"text": text} if text else {}))
+        question = one.model_dump_json(exclude={"id", "source", "text", "note"})
+        if not reason and first.setdefault(question, claim.id) != claim.id:
+            reason = f"of another model it asks the same as {first[question]}"
+        if reason:
+            aside[claim.id] = reason
+        asked.append(claim if reason else one)
+    return asked, aside
+
+
+def _particular(claim: Claim, experiments: Collection[str]) -> str:
+    """Why a claim can be asked of its own runs only; empty if it can be asked of any."""
+    if missing := [name for name in claim.experiments if name not in experiments]:
+        return f"experiment {', '.join(missing)} was not run"
+    if claim.source == "derived":
+        return "it is arithmetic on the papers' figures"
+    named = [
+        str(one["model"]) for part in (claim.a, *claim.b) for one in expanded(claim.where | part) if "model" in one
+    ]
+    if named and not claim.any_model:
+        return f"it is about {', '.join(dict.fromkeys(named))}"
+    if claim.predicate in ("near", "slope", "exact") and claim.number not in (0, 1):
+        return f"its number, {claim.number:g}, was measured on the model of its source"
+    return ""
+
+
+def _asked_of(claim: Claim, given: Selection) -> Claim:
+    """The claim with `given` (the model, the text) in place of what it names."""
+
+    def plain(part: Selection) -> Selection:
+        return {name: found for name, found in part.items() if name not in given}
+
+    changes: dict[str, Any] = {"where": plain(claim.where) | given}
+    changes |= {"a": plain(claim.a), "b": tuple(plain(part) for part in claim.b)}
+    return claim.model_copy(update=changes)

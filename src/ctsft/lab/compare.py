@@ -119,7 +119,7 @@ def relative(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float |
     first, last, where = REFERENCES[metric]
     found = [r for r in chosen(arms, where) if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in SETTING)]
     same = [r for r in found if r.spec.targets == arm.spec.targets]
-    found = same if len(same) == 1 else found
+    found = same if len(same) == 1 else list({r.spec.key: r for r in found}.values())
     if not found:
         return [None] * len(arm.seeds)
     if len(found) > 1:

@@ -27,7 +27,9 @@ VERDICTS = {  # in the order of the page
     "artefact": "it shows in the paper's setting, and a control shows what else makes it",
     "inconclusive": "the runs are there and do not decide it",
     "not run": "runs that it needs are missing",
+    "not applicable": "it cannot be asked of this model",
 }
+LAST = "not applicable"  # told only where there are such claims
 SOURCES = {"derived": "arithmetic on the papers' figures", "ours": "our own expectation"}
 
 
@@ -55,7 +57,7 @@ def write_lab_report(
         glyphs=GLYPHS,
         colours=len(LINE_COLOURS),  # with more lines than these, colours come again with another dash and marker
         verdicts=verdicts,
-        counts=[(verdict, meaning, counts[verdict]) for verdict, meaning in VERDICTS.items()],
+        counts=[(word, told, counts[word]) for word, told in VERDICTS.items() if counts[word] or word != LAST],
         papers=sorted({verdict.claim.source for verdict in verdicts}),
         sections=sections,
         runs=len({id(record) for s in sections for row in s["rows"] for record in row.records}),
@@ -183,7 +185,7 @@ h3 { font: 600 .86rem/1.4 system-ui, -apple-system, "Segoe UI", Roboto, "Helveti
 .pill { display: inline-block; padding: .1rem .6rem; border: 1px solid; border-radius: 1em; font-size: .74rem; line-height: 1.5; font-weight: 600; white-space: nowrap;
   color: var(--hue); border-color: color-mix(in srgb, var(--hue) 45%, transparent); background: color-mix(in srgb, var(--hue) 11%, transparent); }
 .confirmed { --hue: var(--good); } .refuted { --hue: var(--bad); } .artefact { --hue: var(--c3); } .inconclusive { --hue: var(--muted); }
-.not-run { --hue: var(--muted); border-style: dashed; background: none; font-weight: 400; }
+.not-run, .not-applicable { --hue: var(--muted); border-style: dashed; background: none; font-weight: 400; }
 .pills { display: flex; flex-wrap: wrap; gap: .5rem; margin: 1.4rem 0 1rem; }
 .pills .pill { font-size: .84rem; font-weight: 600; padding: .25rem .8rem; cursor: default; }
 .js .pills .pill { cursor: pointer; }

@@ -18,7 +18,7 @@ from ctsft.lab.spec import Spec
 from ctsft.lab.stats import LEVEL, SEEDS, all_hold, holm, one_fails
 from ctsft.lab.tables import short
 
-WORDS = ("confirmed", "refuted", "artefact", "inconclusive", "not run")
+WORDS = ("confirmed", "refuted", "artefact", "inconclusive", "not run", "not applicable")
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,21 @@ def judge(
     laboratory: Laboratory,
     records: Mapping[str, Record],
     profile: str = "full",
+    aside: Mapping[str, str] = {},
 ) -> Verdicts:
     """The verdict on every claim from the records that exist. The correction counts all claims, run or not.
 
+    Claims whose id is in `aside` are not judged: "not applicable", for the reason there (see `claims.applicable`).
     CTError where a claim names an experiment that is not there, or a selection fits several arms.
     """
     pools: dict[tuple[str, str], list[ArmRuns]] = {}
-    for claim in claims:
+    kept = [claim for claim in claims if claim.id not in aside]
+    for claim in kept:
         for name in claim.experiments:
             key = (name, claim.protocol)
             if key not in pools:
                 pools[key] = arm_runs(laboratory, name, records, profile, claim.protocol)
-    every = [one for claim in claims for one in ([claim, claim.control()] if claim.artefact else [claim])]
+    every = [one for claim in kept for one in ([claim, claim.control()] if claim.artefact else [claim])]
     judged = [_judged(one, {n: pools[n, one.protocol] for n in one.experiments}) for one in every]
     tests = [i for i, one in enumerate(every) if one.predicate != "exact"]
     holds = dict(zip(tests, holm([judged[i].holds for i in tests]), strict=True))
@@ -82,6 +85,9 @@ def judge(
     single = [_single(one, holds.get(i, 1.0), fails.get(i, 1.0)) for i, one in enumerate(judged)]
     out, left = [], iter(single)
     for claim in claims:
+        if claim.id in aside:
+            out.append(Verdict(claim, "not applicable", aside[claim.id]))
+            continue
         verdict = next(left)
         out.append(_with_control(claim, verdict, next(left)) if claim.artefact else verdict)
     return Verdicts(out, profile, len(records), len(tests))
@@ -186,15 +192,20 @@ def _changes(claim: Claim) -> str:
 # ------------------------------------------------------------------------------------------------------- markdown
 
 
+def told_counts(verdicts: Sequence[Verdict]) -> str:
+    """`25 confirmed, 40 refuted, ...`; "not applicable" only where there are such claims."""
+    counts = Counter(v.verdict for v in verdicts)
+    return ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word] or word != "not applicable")
+
+
 def markdown(verdicts: Verdicts) -> str:
     """VERDICTS.md: the same text for the same records, so that comparing it shows whether it is stale."""
-    counts = Counter(v.verdict for v in verdicts)
     lines = [
         "# Verdicts",
         "",
         "Made by `ctsft lab verdicts` from the committed records; do not edit.",
         "",
-        ", ".join(f"{counts[word]} {word}" for word in WORDS) + f": {len(verdicts)} claims.",
+        f"{told_counts(verdicts)}: {len(verdicts)} claims.",
         "",
         f"Profile `{verdicts.profile}`, {verdicts.records:,} records. Losses are in nats per token; intervals are 95% "
         f"(t, over seeds). A claim is confirmed, or refuted, at p <= {LEVEL} after Holm's correction over the "
