@@ -9,7 +9,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "ctsft"
 
 ROOMS = {  # the lowest first; "" holds the small files that all use
     "": ["errors", "choices", "files", "progress", "compat"],
-    "data": ["sql", "rows"],
+    "data": [
+        *("sql.words", "sql.schemas", "sql.phrases", "sql.questions", "sql.execution", "sql.examples"),
+        *("read", "rows", "tokens"),
+    ],
     "models": ["photonic", "load"],
     "spectral": ["decompose", "weights", "basis", "universal", "cache"],
     "adapter": ["config", "fused", "layer", "store", "rate", "model", "calibrate", "export"],
@@ -24,9 +27,10 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
-    *("errors", "choices", "files", "progress", "compat", "data.sql", "tune.recipe", "tune.report"),
+    *("errors", "choices", "files", "progress", "compat", "tune.recipe", "tune.report"),
     *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
-    *("pages.words", "pages.plot", "pages.render"),
+    *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.execution"),
+    *("data.sql.examples", "pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.sweep", "lab.metrics"),
     *("lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),
     *("lab.figures", "lab.page"),

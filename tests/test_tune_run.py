@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import tiny
 from ctsft.adapter import store
-from ctsft.data.rows import format_rows, load_corpus
+from ctsft.data.rows import load_corpus
+from ctsft.data.tokens import format_rows
 from ctsft.errors import CTError
 from ctsft.files import read_json, versions, write_json
 from ctsft.tune import run as train

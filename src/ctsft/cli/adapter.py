@@ -100,7 +100,7 @@ def sample(
     if base and not is_adapter:
         raise CTError(f"--base compares an adapter with its base, and {source} is a model; leave --base out.")
 
-    from ctsft.data.rows import prompt_ids
+    from ctsft.data.tokens import prompt_ids
     from ctsft.models.load import load_model
     from ctsft.tune.run import generate
 

@@ -23,8 +23,9 @@ import ctsft.models.photonic  # noqa: F401  (registers the model)
 from ctsft import probe
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.model import resize
+from ctsft.data.read import READABLE
 from ctsft.data.rows import BUILTIN as BUILTIN_TEXTS
-from ctsft.data.rows import READABLE, load_corpus
+from ctsft.data.rows import load_corpus
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions
 from ctsft.lab.methods import Equipped, equip

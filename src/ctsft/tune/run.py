@@ -31,8 +31,9 @@ from ctsft.adapter.config import RECOMPUTABLE, CTConfig
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.rate import learning_rate
 from ctsft.adapter.store import adapted, save_adapter
-from ctsft.data import sql
-from ctsft.data.rows import Corpus, format_rows, load_corpus, prompt_ids
+from ctsft.data.rows import Corpus, load_corpus
+from ctsft.data.sql.execution import execution_match, extract_sql
+from ctsft.data.tokens import format_rows, prompt_ids
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, read_json, versions, wilson, write_json, write_text
 from ctsft.models.load import load_model
@@ -153,8 +154,8 @@ def measure(
     texts = generate(model, tokenizer, prompts, recipe.max_new_tokens)
     accuracy, ok = None, [None] * len(texts)
     if corpus.examples:
-        texts = [sql.extract_sql(t) for t in texts]
-        ok = [sql.execution_match(t, e) for t, e in zip(texts, corpus.examples, strict=False)]  # type: ignore[misc]
+        texts = [extract_sql(t) for t in texts]
+        ok = [execution_match(t, e) for t, e in zip(texts, corpus.examples, strict=False)]  # type: ignore[misc]
         by_kind: dict[str, list[int]] = {}
         for hit, example in zip(ok, corpus.examples, strict=False):
             counts = by_kind.setdefault(example.kind, [0, 0])
@@ -449,7 +450,8 @@ def tune(
     max_length = min(recipe.max_length, getattr(model.config, "max_position_embeddings", None) or recipe.max_length)
     with console.status(f"reading {recipe.data}"):
         held = recipe.heldout if recipe.heldout < 1 else int(recipe.heldout)
-        corpus = load_corpus(recipe.data, seed=recipe.seed, heldout=held, limit=recipe.limit)
+        named = {"prompt_column": recipe.prompt_column, "completion_column": recipe.completion_column}
+        corpus = load_corpus(recipe.data, seed=recipe.seed, heldout=held, limit=recipe.limit, **named)
         train_rows, cut = format_rows(corpus.train, tokenizer, corpus.kind, max_length)
         eval_rows, _ = format_rows(
             corpus.heldout.select(range(min(recipe.eval_rows, len(corpus.heldout)))), tokenizer, corpus.kind, max_length
