@@ -80,7 +80,14 @@ def test_every_direct_dependency_is_pinned():
 
 @pytest.mark.parametrize(
     ("package", "extra"),
-    [("trl", "tune"), ("matplotlib", "plots"), ("scipy", "lab"), ("ctsft-photonic", "lab"), ("no-such", "all")],
+    [
+        ("trl", "tune"),
+        ("matplotlib", "plots"),
+        ("scipy", "tune"),
+        ("markupsafe", "lab"),
+        ("ctsft-photonic", "lab"),
+        ("no-such", "all"),
+    ],
 )
 def test_the_extra_of_a_missing_package_is_known(package, extra):
     assert extra_with(package) == extra

@@ -13,7 +13,7 @@ from typing import Any
 
 import platformdirs
 
-from ctsft.errors import CTError
+from ctsft.errors import CTError, needs
 
 PACKAGES = ("ctsft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
@@ -74,7 +74,8 @@ def versions() -> dict[str, str]:
 
 def wilson(hits: int, total: int) -> tuple[float, float]:
     """The 95% interval of a proportion (Wilson 1927), as fractions from 0 to 1."""
-    from scipy.stats import binomtest
+    with needs("tune"):
+        from scipy.stats import binomtest
 
     if total == 0:
         return 0.0, 1.0
