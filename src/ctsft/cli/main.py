@@ -12,7 +12,7 @@ from ctsft.cli.console import say
 from ctsft.cli.inspect import inspect
 from ctsft.cli.lab import lab
 from ctsft.cli.tune import tune
-from ctsft.errors import CTError
+from ctsft.errors import CTError, needs
 
 app = typer.Typer(
     help="Fine-tune a language model by a few thousand numbers in its own spectrum (CT-SFT).",
@@ -44,7 +44,8 @@ def main() -> None:
     for module in ("peft", "transformers", "trl"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)  # their talk with each other
     try:
-        literal(typer.main.get_command(app))()
+        with needs():
+            literal(typer.main.get_command(app))()
     except (CTError, OSError) as error:  # OSError: a full disk, a folder that may not be written
         say(f"error: {error}", "red")
         sys.exit(2)
