@@ -21,7 +21,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "tune": ["recipe", "inspect", "report", "run"],
     "lab": [
         *("schedule", "spec", "records", "rates", "experiments", "methods", "run", "sweep", "metrics", "stats"),
-        *("compare", "tables", "claims", "predicates", "verdicts", "figures", "page"),
+        *("compare", "tables", "claims", "predicates", "verdicts", "drawing", "figures", "page"),
     ],
     "cli": ["console", "lab", "tune", "adapter", "inspect", "main"],
 }
@@ -33,7 +33,7 @@ NO_TORCH = {
     *("data.sql.examples", "pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.sweep", "lab.metrics"),
     *("lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),
-    *("lab.figures", "lab.page"),
+    *("lab.drawing", "lab.figures", "lab.page"),
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
 

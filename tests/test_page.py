@@ -1,47 +1,27 @@
 """The laboratory's page: every verdict and figure is on it, its filter works, and nothing from the data is markup."""
 
 import math
-import random
 import re
 import shutil
-import statistics
 import subprocess
 from html import escape
 from html.parser import HTMLParser
 
 import pytest
-from matplotlib.figure import Figure as MatplotlibFigure
 
 from ctsft.errors import CTError
 from ctsft.lab.claims import Artefact, Claim
 from ctsft.lab.compare import arm_runs
-from ctsft.lab.experiments import Experiment, Figure, Laboratory, arms
-from ctsft.lab.figures import (
-    GLYPHS,
-    LAWS,
-    MARKERS,
-    PLACES,
-    RAMP,
-    axis,
-    centre,
-    curves,
-    logarithmic,
-    picture,
-    points,
-    styles,
-    told,
-)
+from ctsft.lab.drawing import RAMP
+from ctsft.lab.experiments import arms
 from ctsft.lab.page import VERDICTS, places, write_lab_report
 from ctsft.lab.predicates import Side
 from ctsft.lab.rates import choose_rate, due
-from ctsft.lab.records import Record
 from ctsft.lab.tables import table
 from ctsft.lab.verdicts import WORDS, Verdict
+from plausible import a_laboratory, a_record, only, records_of
 
 CHROMIUM = shutil.which("chromium")
-SHAPES = [[768, 256], [256, 256], [1024, 256], [256, 1024]] * 8 + [[15007, 256]]
-KINDS = ("attn.qkv", "attn.proj", "mlp.up", "mlp.down")
-NAMES = [f"blocks.{i}.{kind}" for i in range(8) for kind in KINDS] + ["tok_emb"]
 
 
 def a_verdict(name, text, word, detail, source="82", control="", p=None, side=None, **claim):
@@ -67,201 +47,6 @@ VERDICT_LIST = [
     a_verdict("89-more", "Higher K gives more diverse directions.", "not run", "missing: no arm with k=64", "89"),
     a_verdict("81-count", "96,062 trained at K=2.", "refuted", "trained of k 2 is 66 at seed 0, not 96,062", "81"),
 ]
-
-
-def experiment(name, title, **rest):
-    sentences = {"question": f"What does {title} say?", "source": "ours" if name == "arena" else name}
-    return {"name": name, "title": title} | sentences | rest
-
-
-def a_laboratory(**changes):
-    """Experiments of every kind of figure; `changes` replace whole experiments."""
-    ks = [2, 4, 8, 16, 32, 64]
-    paper = [(2, 9.5846), (4, 9.5155), (8, 9.2927), (16, 8.98), (32, 8.4622)]
-    loss_columns = {
-        "K": "k",
-        "trained": "trained",
-        "final loss, nats per token": "train_loss",
-        "held-out": "heldout_loss",
-    }
-    experiments = [
-        experiment(
-            "81",
-            "Fixed K against K that moves",
-            base={"k": ks},
-            arms=[{"name": "fixed"}, {"name": "moving", "k": 8, "schedule": ["8>16@1/2", "2>8@1/2"]}],
-            notes=["The paper's count of trained numbers is LoRA's."],
-            tables=[
-                {
-                    "title": "Fixed K",
-                    "columns": loss_columns,
-                    "where": {"name": "fixed"},
-                    "paper": [{"K": k, "final loss, nats per token": loss, "trained": 48031 * k} for k, loss in paper],
-                }
-            ],
-            figures=[
-                {
-                    "title": "Final loss against K",
-                    "x": "k",
-                    "y": "train_loss",
-                    "log_x": True,
-                    "paper": paper,
-                    "where": {"name": "fixed"},
-                },
-                {
-                    "title": "Training with a fixed K",
-                    "x": "step",
-                    "y": "train_loss",
-                    "by": "k",
-                    "where": {"name": "fixed"},
-                },
-                {
-                    "title": "K that moves",
-                    "x": "step",
-                    "y": "train_loss",
-                    "by": "schedule",
-                    "where": {"schedule": ["8>16@1/2", "2>8@1/2"]},
-                },
-            ],
-        ),
-        experiment(
-            "82",
-            "Equal budgets, and where the curves cross",
-            arms=[{"name": "budget", "k": [2, 16, 32], "steps": [10, 20, 40, 80]}],
-            figures=[{"title": "Loss by budget", "x": "param_steps", "y": "train_loss", "by": "k", "log_x": True}],
-        ),
-        experiment(
-            "85",
-            "Are directions 33 to 64 noise?",
-            arms=[{"name": "ablated", "k": 64, "ablate": True}],
-            figures=[{"title": "Loss by directions kept", "x": "kept", "y": "ablation", "log_x": True}],
-        ),
-        experiment(
-            "86",
-            "The rank of the true gradient over training",
-            arms=[{"name": "probe", "k": 32, "probes": ["gradient_rank"]}],
-            figures=[
-                {"title": "Effective rank by matrix", "x": "step", "y": "true_effective_rank_by_matrix"},
-                {"title": "Its mean", "x": "step", "y": "true_effective_rank", "paper": [(0, 5), (20, 19), (40, 9)]},
-            ],
-        ),
-        experiment(
-            "87",
-            "What share of the gradient K directions cover",
-            arms=[{"name": "cover", "k": ks, "weight_from": ["top", "bottom", "random"], "probes": ["coverage"]}],
-            figures=[
-                {
-                    "title": "Coverage against its law",
-                    "x": "k",
-                    "y": "coverage_diagonal",
-                    "by": "weight_from",
-                    "law": "coverage",
-                }
-            ],
-        ),
-        experiment(
-            "78",
-            "The K frontier of amplitude-only tuning",
-            base={"method": "scores", "basis": "universal", "targets": "last2"},
-            arms=[
-                {"name": "scores", "k": [4, 8, 16, 32, 64], "universal_mode": ["residual", "replace"]},
-                {"name": "full", "method": "full", "k": 0, "basis": "weight", "targets": "last2+head"},
-            ],
-            figures=[
-                {
-                    "title": "The regimes",
-                    "x": "k",
-                    "y": "fraction_of_full_sft",
-                    "by": "universal_mode",
-                    "log_x": True,
-                    "law": "one,zero,kmin",
-                    "where": {"method": "scores"},
-                    "paper": [(4, -0.35), (8, -0.125), (16, 0.008), (32, 0.456), (64, 1.077)],
-                }
-            ],
-        ),
-        experiment(
-            "arena",
-            "Every method at equal cost",
-            arms=[
-                {"name": "ours", "method": ["diagonal", "core"], "k": 64},
-                {"name": "LoRA r8", "method": "lora", "k": 8},
-                {"name": "norms only", "method": "norms", "k": 0},
-            ],
-            figures=[{"title": "Share of LoRA r8's drop", "x": "method", "y": "fraction_of_lora_r8"}],
-        ),
-        experiment("89", "Are more directions more diverse?", arms=[{"name": "none", "k": 32, "steps": 21}]),
-    ]
-    return Laboratory(
-        base={"steps": 40},
-        rates=dict.fromkeys(("diagonal", "core", "scores", "full", "lora", "norms"), 0.01),
-        profiles={
-            "full": {"seeds": 5, "tune_seeds": 1, "rates": 3},
-            "quick": {"seeds": 2, "tune_seeds": 1, "rates": 3},
-        },
-        experiments={e["name"]: e for e in experiments} | changes,
-    )
-
-
-def a_record(spec):
-    """A run's record with plausible numbers, the same for the same spec."""
-    noise = random.Random(spec.key)
-    k = spec.k or 100
-    rate = math.exp(-0.5 * (math.log10(spec.lr) + 1.6 + 0.2 * math.log2(k) / 6) ** 2)
-    scale = {"full": 2.0, "lora": 1.6, "scores": 0.2 * (math.log2(k) - 2.5)}.get(spec.method, 0.35 * math.log2(k))
-    scale *= -0.3 if spec.universal_mode == "replace" and k < 16 else 1
-    drop, tilt = scale * rate * (1 + noise.gauss(0, 0.04)), noise.gauss(0, 0.01)
-    train = [7.8 - drop * (1 - math.exp(-i / 25)) + tilt + noise.gauss(0, 0.006) for i in range(spec.steps + 1)]
-    probes = {"cosine": [[i, 0.99] for i in range(2, spec.steps)]}
-    updates = [1, *range(10, spec.steps + 1, 10)]
-    for i in updates if "coverage" in spec.probes else []:
-        law = k * sum(1 / (o * n) for o, n in SHAPES) / len(SHAPES)
-        probes.setdefault("coverage_diagonal", []).append([i, law * (1 + noise.gauss(0, 0.1))])
-    for i in updates if "gradient_rank" in spec.probes else []:
-        values = {n: 5 + 14 * math.sin(i / 13) ** 2 * (1 + j % 4) / 4 + noise.random() for j, n in enumerate(NAMES)}
-        probes.setdefault("true_effective_rank_by_matrix", []).append([i, values])
-        probes.setdefault("true_effective_rank", []).append([i, sum(values.values()) / len(values)])
-    measures = {}
-    if spec.ablate:
-        curve = {"order": 0.5, "reverse": 2.5, "random": 1.0}
-        kept = (0, 8, 16, 32, 48, 64)
-        measures["ablation"] = {
-            order: {str(n): 7.8 - drop * (n / k) ** power + noise.gauss(0, 0.02) for n in kept}
-            for order, power in curve.items()
-        }
-    return Record(
-        spec=spec,
-        adapted={"matrices": 33, "shapes": SHAPES},
-        trained=33 * k,
-        counted=48031 * k,
-        adapter_bytes=1000 + 132 * k,
-        memory_bytes=192_000 * k,
-        tokens=254 * spec.steps,
-        flops=1.2e12,
-        seconds=0.2 * spec.steps + noise.random(),
-        train_loss=train,
-        heldout=[(0, 7.9), (spec.steps, train[-1] + 0.15 + noise.gauss(0, 0.02))],
-        probes=probes,
-        measures=measures,
-        diverged=False,
-        versions={"ctsft": "0.1.0"},
-        machine={"cpu": "a small one", "threads": 2},
-    )
-
-
-def changed(row, **values):
-    """Give all records of `row` these values."""
-    row.records[:] = [record.model_copy(update=values) for record in row.records]
-
-
-def records_of(laboratory, names=None, profile="full", protocol="honest"):
-    """Every run that the experiments need, the tuning runs too."""
-    records = {}
-    for name in names or laboratory.experiments:
-        for arm in arms(laboratory, name, profile, protocol):
-            while needed := due(arm, records):
-                records |= {spec.key: a_record(spec) for spec in needed}
-    return records
 
 
 VOID = {"meta", "br", "input"}
@@ -299,13 +84,6 @@ class Reader(HTMLParser):
     def handle_data(self, data):
         if self.open[-1:] not in (["style"], ["script"]):
             self.text += f" {data}"
-
-
-def only(name, **changes):
-    """The laboratory with one experiment, changed."""
-    whole = a_laboratory()
-    one = Experiment(**whole.experiments[name].model_dump() | changes)
-    return whole.model_copy(update={"experiments": {name: one}})
 
 
 def written(path, laboratory, records, verdicts=(), **options):
@@ -465,132 +243,16 @@ def test_plots_take_the_colours_of_the_scheme(whole, html):
     assert all(f"var(--{shade})" in html for shade in RAMP)
 
 
-def figure_of(name, laboratory=None, **changes):
-    """The first figure of an experiment, changed, with its rows."""
-    laboratory = laboratory or a_laboratory()
-    figure = Figure(**laboratory.experiments[name].figures[0].model_dump() | changes)
-    return figure, arm_runs(laboratory, name, records_of(laboratory, [name]))
-
-
-def test_points_are_means_with_t_intervals():
-    figure, found = figure_of("82")
-    (line,) = points(figure, found[:1], found, ["k"], [])
-    losses = [record.train_loss[-1] for record in found[0].records]
-    half = 2.7764451 * statistics.stdev(losses) / 5**0.5  # t of 4 degrees of freedom at 97.5%
-    assert line.key == (2,) and len(line.points) == 1
-    assert line.points[0] == pytest.approx((96062 * 10, statistics.fmean(losses), half))
-    lines = points(figure, found, found, ["k"], [])
-    assert [(line.key, len(line.points)) for line in lines] == [((2,), 4), ((16,), 4), ((32,), 4)]
-    assert centre([1.5]) == (1.5, 0.0) and centre([1.5, 2.5]) == (2.0, 0.0)
-
-
-def test_points_over_words_are_ticks():
-    figure, found = figure_of("arena")
-    ticks = []
-    lines = points(figure, found, found, [], ticks)
-    assert ticks == ["diagonal", "core", "lora", "norms"]
-    (line,) = lines
-    assert [x for x, _, _ in line.points] == [0, 1, 2, 3]
-    assert line.points[2][1:] == (1.0, 0.0)  # LoRA r8 as a share of itself
-
-
-def test_curves_are_means_where_all_seeds_have_numbers():
-    figure, found = figure_of("81", x="step", y="train_loss")
-    row = found[0]
-    row.records[2].train_loss[30:] = [None] * 11
-    (line,) = curves(figure, row, ["k"])
-    assert [x for x, _, _ in line.points] == list(range(30)) and line.curve
-    losses = [record.train_loss[7] for record in row.records]
-    assert line.points[7][1:] == pytest.approx(centre(losses))
-
-
-def test_curves_over_directions_kept_have_a_line_an_order():
-    figure, found = figure_of("85")
-    lines = curves(figure, found[0], [])
-    assert [line.key for line in lines] == [("order",), ("reverse",), ("random",)]
-    assert [x for x, _, _ in lines[0].points] == [0, 8, 16, 32, 48, 64]
-    (one,) = curves(Figure(title="", x="kept", y="ablation.reverse"), found[0], [])
-    assert one.points == lines[1].points
-    assert curves(Figure(title="", x="kept", y="variance_explained"), found[0], []) == []
-
-
-def test_long_curves_are_thinned_and_keep_their_end():
-    figure, found = figure_of("82", x="step", y="heldout")
-    changed(found[0], heldout=[(i, 1.0) for i in range(1001)])
-    (line,) = curves(figure, found[0], [])
-    assert len(line.points) <= 220 and [x for x, _, _ in line.points[:3]] == [0, 1, 2] and line.points[-1][0] == 1000
-
-
-def test_the_law_of_coverage_is_the_papers_slope_times_k():
-    shapes = [(4, 8), (16, 2)]
-    assert LAWS["coverage"][1](3, shapes) == pytest.approx(3 / 32)
-    figure, found = figure_of("87")
-    legend = {text: line for text, _, line in picture("x", figure, found).legend}
-    assert legend == {"top": "solid", "bottom": "solid", "random": "solid", LAWS["coverage"][0]: "dashed"}
-
-
-def test_upright_lines_stand_at_shares_of_the_width():
-    figure, found = figure_of("78")
-    svg = picture("x", figure, found).svgs[0][1]
-    assert "d/128" in svg and "d/32" in svg and len(PLACES["kmin"]) == 2
-
-
-def test_numbers_take_the_ramp_and_names_the_series():
-    figure, found = figure_of("81", x="step", y="train_loss", by="k", where={"name": "fixed"}, paper=[])
-    colours = [colour for _, colour, _ in picture("x", figure, found).legend]
-    assert colours[0] == "s0" and colours[-1] == "s7" and len(set(colours)) == 6
-    assert [told("k", 4), told("tied", False), told("schedule", ""), told("model", "a/b"), told("steps", 3)] == [
-        *("K = 4", "tied: no", "fixed K", "b", "steps = 3")
-    ]
-
-
-def test_single_points_of_one_colour_differ_by_their_marker():
-    looks = [(colour, MARKERS[dash], GLYPHS[dash]) for colour, dash in styles([(f"arm {i}",) for i in range(20)])]
-    assert len({colour for colour, _, _ in looks}) < len(looks) == len({(colour, m) for colour, m, _ in looks})
-    assert len({m for _, m, _ in looks}) == len({g for _, _, g in looks}) == 3
-
-
-def test_a_line_looks_the_same_in_all_figures_of_its_kind():
-    laboratory = a_laboratory()
-    figure, found = figure_of("82", laboratory, x="k", by="k,tied", where={})
-    ks = sorted({row.spec.k for row in found})
-    some = Figure(**figure.model_dump() | {"where": {"k": ks[1:]}})
-    other = Figure(**figure.model_dump() | {"by": "tied"})
-
-    def looks(drawn, beside=()):
-        return {text: look for text, *look in picture("x", drawn, found, beside).legend}
-
-    whole, part = looks(figure), looks(some, [figure, other])
-    assert set(part) < set(whole) and all(whole[text] == look for text, look in part.items())
-    assert looks(some) != part  # alone it takes the colours from the start
-
-
-def test_axes_are_told_in_words():
-    assert axis("train_loss@1280/k") == "loss on the step's batch, nats per token, after 1280 K-steps"
-    assert axis("heldout_loss@40") == "held-out loss, nats per token, after 40 updates"
-    assert [axis("k"), axis("snr_rest.last"), axis("snr_top")] == ["K", "snr rest, last", "snr top"]
-
-
-@pytest.mark.parametrize("scale", [{"x": "step", "y": "cosine"}, {"x": "step", "y": "diversity"}])
-def test_a_figure_without_numbers_says_so(scale):
-    figure, found = figure_of("82", **scale)
-    for row in found:
-        changed(row, probes={})
-    made = picture("x", figure, found)
-    assert made.svgs == [] and "none has this number" in made.note
-
-
-def test_runs_that_are_not_drawn_are_counted():
-    figure, found = figure_of("82")
-    found[0].records[1] = found[0].records[1].model_copy(update={"diverged": True})
-    made = picture("x", figure, found)
-    assert "without this number: 1." in made.note and "95% t interval" in made.note
-
-
 def test_one_seed_has_no_interval(tmp_path):
     laboratory = only("82", arms=[{"name": "budget", "k": [2, 4], "steps": 5}])
     text = Reader(written(tmp_path, laboratory, records_of(laboratory, protocol="paper"), protocol="paper")).text
     assert "One seed; fewer than 3 have no interval." in text and "paper protocol" in text and "given" in text
+
+
+def test_the_same_records_give_the_same_page(tmp_path):
+    laboratory = only("85")
+    records = records_of(laboratory)
+    assert written(tmp_path, laboratory, records) == written(tmp_path, laboratory, dict(reversed(records.items())))
 
 
 @pytest.mark.parametrize(
@@ -611,20 +273,6 @@ def test_a_wrong_figure_is_refused(tmp_path, change, message):
     with pytest.raises(CTError, match=f"Experiment 82, figure 'Budget'.*{message}"):
         written(tmp_path, only("82", figures=[figure]), {})
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("xs", "scale"), [([0, 4, 8], "symlog"), ([1, 1e7], "log"), ([0], "linear")])
-def test_logarithmic_axes_have_room_for_zero(xs, scale):
-    ax = MatplotlibFigure().add_subplot()
-    ax.plot(xs, xs)
-    logarithmic(ax, xs)
-    assert ax.get_xscale() == scale
-
-
-def test_the_same_records_give_the_same_page(tmp_path):
-    laboratory = only("85")
-    records = records_of(laboratory)
-    assert written(tmp_path, laboratory, records) == written(tmp_path, laboratory, dict(reversed(records.items())))
 
 
 # ------------------------------------------------------------------------------------------------------- a browser
