@@ -1,6 +1,7 @@
 """The pages are true: their code runs, what they name exists, and what exists is named."""
 
 import ast
+import contextlib
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from markdown_it import MarkdownIt
 from typer.main import get_command
 
@@ -96,12 +98,27 @@ def parsed(words):
 # ---------------------------------------------------------------------------------------------------------- code blocks
 
 
-@pytest.mark.parametrize("path", [p for p in PAGES if fences(p, "python")], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in PAGES[1:] if fences(p, "python")], ids=name_of)
 def test_python_blocks_run(path, inside):
     """In their order, in one namespace, as one who reads the page from the top would paste them."""
     names = {"__name__": "__main__"}
     for line, text in fences(path, "python"):
         exec(compile("\n" * line + text, str(path), "exec"), names)
+
+
+def test_the_code_of_the_readme_gives_a_good_result(inside):
+    """It is to be pasted: the rates and steps in it teach the model what the rows say."""
+    names = {"__name__": "__main__"}
+    ((_, text),) = fences(ROOT / "README.md", "python")
+    exec(text, names)
+    rows = tiny.byte_tokenizer()(["red green blue? aaaa", "red black blue? aaaa"], return_tensors="pt")
+    labels = rows["input_ids"].clone()
+    labels[:, :-5] = -100  # the completion, of one token a byte
+    losses = []
+    for adapted in (False, True):
+        with torch.no_grad(), contextlib.nullcontext() if adapted else names["model"].disable_adapter():
+            losses.append(float(names["model"](**rows, labels=labels).loss))
+    assert losses[1] < losses[0] / 10, losses
 
 
 @pytest.mark.parametrize("path", [p for p in PAGES if fences(p, "bash")], ids=name_of)

@@ -1,0 +1,79 @@
+"""Every example runs, on a tiny model where it names one of its own."""
+
+import json
+import re
+import runpy
+import shlex
+import string
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny
+from ctsft.cli import main as cli
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
+
+
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """A folder with a model and rows, and the examples of the package beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    tiny.save_model(tmp_path / "my-model", hidden_size=64, intermediate_size=96)  # room for K = 64
+    tiny.save_rows(tmp_path / "my.jsonl")
+    return tmp_path
+
+
+def script(monkeypatch, name, *words):
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_every_example_is_tested():
+    tested = Path(__file__).read_text(encoding="utf-8")
+    assert [p.name for p in EXAMPLES.iterdir() if p.is_file() and f'"{p.name}"' not in tested] == []
+
+
+def test_training_with_trl_learns_and_the_adapter_becomes_a_lora(inside, monkeypatch, capsys):
+    script(monkeypatch, "train_with_trl.py", "my-model", "my.jsonl", "--steps", "40", "--out", "runs/trl")
+    before, after = map(float, re.search(r"([\d.]+) before, ([\d.]+) after", capsys.readouterr().out).groups())
+    assert after < before / 2
+    script(monkeypatch, "load_and_export.py", "runs/trl/adapter", "--prompt", "red green blue?", "--out", "my-lora")
+    said = capsys.readouterr().out
+    assert "tuned: aaaa" in said.replace("  ", " ")
+    assert float(re.search(r"adapter and LoRA: (\S+)", said).group(1)) < 1e-4
+
+
+def test_own_data(inside, monkeypatch, capfd):
+    """The commands of the script, in this process: each start of Python costs seconds."""
+    path = EXAMPLES / "own_data.sh"
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    rows = [json.loads(line) for line in (inside / "my.jsonl").read_text().splitlines()]
+    renamed = [{"id": i, "question": r["prompt"], "answer": r["completion"]} for i, r in enumerate(rows)]
+    (inside / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    given = {"model": "my-model", "data": "gsm8k.jsonl", "out": "runs/own"}
+    lines = [line for line in path.read_text().splitlines() if line.startswith("ctsft ")]
+    assert len(lines) == 3
+    for line in lines:
+        monkeypatch.setattr(sys, "argv", shlex.split(string.Template(line).substitute(given)))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, capfd.readouterr().err
+    assert (inside / "runs" / "own" / "lora" / "adapter_model.safetensors").exists()
+
+
+def test_the_tour_says_what_it_shows(inside, capsys):
+    """The cells in their order; what they print is what the notebook has stored, but for digits."""
+    names = {"__name__": "__main__"}
+    notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))
+    capsys.readouterr()
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), cell["id"], "exec"), names)
+            stored = "".join("".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream")
+            assert re.sub(r"[\d.+-]+", "0", capsys.readouterr().out) == re.sub(r"[\d.+-]+", "0", stored)
