@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import ctsft
-from ctsft.adapter import model as tuner
+from ctsft.adapter import bases
 from ctsft.adapter.store import adapted
+from ctsft.spectral import kinds
 from ctsft.spectral.basis import weight_basis
 from ctsft.spectral.decompose import one_thread
 
@@ -62,14 +63,14 @@ def first_layers(model: Any, count: int) -> nn.Module:
 
 
 @contextmanager
-def watched(name: str, watch: Callable[..., Any]) -> Iterator[None]:
-    """`ctsft.adapter.model.<name>` goes through `watch(original, *args)` meanwhile."""
-    original = getattr(tuner, name)
-    setattr(tuner, name, lambda *args, **more: watch(original, *args, **more))
+def watched(module: Any, name: str, watch: Callable[..., Any]) -> Iterator[None]:
+    """`module.<name>` goes through `watch(original, *args)` meanwhile."""
+    original = getattr(module, name)
+    setattr(module, name, lambda *args, **more: watch(original, *args, **more))
     try:
         yield
     finally:
-        setattr(tuner, name, original)
+        setattr(module, name, original)
 
 
 def refuse(*_: object) -> None:
@@ -92,7 +93,7 @@ def starts(model: Any, k: int) -> list[str]:
         return made
 
     config = ctsft.CTConfig(k=k, task_type="CAUSAL_LM")
-    with watched("weight_basis", timed_basis), c.clocks(spent, "first start"):
+    with watched(kinds, "weight_basis", timed_basis), c.clocks(spent, "first start"):
         wrapped = get_peft_model(model, copy.deepcopy(config))
     model = wrapped.unload()
 
@@ -104,10 +105,10 @@ def starts(model: Any, k: int) -> list[str]:
         return call
 
     with (
-        watched("weight_basis", refuse),
-        watched("find_targets", timed("finding and checking the weights")),
-        watched("base_fingerprint", timed("fingerprint of the weights")),
-        watched("make_bases", timed("reading the bases")),
+        watched(kinds, "weight_basis", refuse),
+        watched(bases, "find_targets", timed("finding and checking the weights")),
+        watched(bases, "base_fingerprint", timed("fingerprint of the weights")),
+        watched(bases, "make_bases", timed("reading the bases")),
         c.clocks(spent, "second start"),
     ):
         wrapped = get_peft_model(model, copy.deepcopy(config))
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> str:
     parser.add_argument("--no-exact", action="store_true", help="leave out the comparison with exact decompositions")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    tuner.WORTH_KEEPING = 0.0  # keep bases that a small model makes at once, too
+    bases.WORTH_KEEPING = 0.0  # keep bases that a small model makes at once, too
     if options.model:
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
         what = os.path.basename(os.path.normpath(options.model))

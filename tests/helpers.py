@@ -5,9 +5,9 @@ from peft import PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ctsft import CTConfig, calibrate
-from ctsft.adapter.config import RECOMPUTABLE
 from ctsft.adapter.layer import CTLayer
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
+from ctsft.spectral.kinds import needs_data
 from ctsft.spectral.weights import matrix
 
 SHAPES = ("llama", "gpt2", "photonic")
@@ -50,7 +50,7 @@ def logits(model, input_ids=None):
 def ready_config(base, **options):
     """A CTConfig, calibrated where its basis is made from data."""
     config = CTConfig(**{"k": 4, "task_type": "CAUSAL_LM"} | options)
-    return config if config.basis in RECOMPUTABLE else calibrate(base, config, batches())
+    return calibrate(base, config, batches()) if needs_data(config.basis) else config
 
 
 def adapt(base, **options):

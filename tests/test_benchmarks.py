@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tiny
-from ctsft.adapter import model as tuner
+from ctsft.adapter import bases
 from ctsft.choices import PROBES
 
 TINY = ["--model", "tiny", "--layers", "1", "--k", "8", "--tokens", "32", "--repeats", "1"]
@@ -40,7 +40,7 @@ def results(tmp_path_factory):
         folder = tiny.save_model(tmp_path_factory.mktemp("model") / "llama")
         patch.setattr(run, "SCRIPTS", SHORT | {"universal": [["--model", folder, "--repeats", "1"]]})
         patch.setattr(scaling, "AT_LEAST", 0.0)
-        patch.setattr(tuner, "WORTH_KEEPING", 0.0)
+        patch.setattr(bases, "WORTH_KEEPING", 0.0)
         code = run.main(["--out", str(path)])
     return path, code
 

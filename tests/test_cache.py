@@ -7,11 +7,12 @@ import pytest
 import torch
 from peft import PeftModel
 
-import ctsft.adapter.model
+import ctsft.adapter.bases
 import ctsft.spectral.cache
 import ctsft.spectral.decompose
+import ctsft.spectral.kinds
 from ctsft import CTConfig, resize, save_adapter
-from ctsft.adapter.model import make_plan
+from ctsft.adapter.bases import prepare
 from ctsft.spectral.basis import Basis
 from ctsft.spectral.cache import file_of, key_of, read_bases, write_bases
 from ctsft.tune.run import extra_memory
@@ -25,7 +26,7 @@ TARGETS = ["q_proj", "up_proj", "k_proj"]  # (520, 520) and (540, 520), which ar
 def bases(tmp_path, monkeypatch):
     """A cache folder of the test's own, in which every basis is kept; the folder of its files."""
     monkeypatch.setenv("CTSFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(ctsft.adapter.model, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(ctsft.adapter.bases, "WORTH_KEEPING", 0.0)
     return tmp_path / "cache" / "bases"
 
 
@@ -44,8 +45,8 @@ def refuse(*_):
 
 
 def count_made(monkeypatch):
-    made, make = [], ctsft.adapter.model.weight_basis
-    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", lambda w, *rest: made.append(w.shape) or make(w, *rest))
+    made, make = [], ctsft.spectral.kinds.weight_basis
+    monkeypatch.setattr(ctsft.spectral.kinds, "weight_basis", lambda w, *rest: made.append(w.shape) or make(w, *rest))
     return made
 
 
@@ -67,14 +68,14 @@ def test_a_second_start_makes_no_basis_and_has_the_same_bits(form, choice, dtype
     options = {"form": form, "weight_from": choice, "basis_dtype": dtype, "seed": 3}
     first = all_bases(adapt(tiny(), **options))
     assert len(list(bases.iterdir())) == 1
-    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.spectral.kinds, "weight_basis", refuse)
     assert_same_bases(all_bases(adapt(tiny(), **options)), first)
     assert (next(iter(first.values())).u is None) == (form == "scores")
 
 
 def test_all_forms_and_dtypes_read_one_file(bases, monkeypatch):
     adapt(tiny())
-    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.spectral.kinds, "weight_basis", refuse)
     for options in ({"form": "core"}, {"form": "scores"}, {"basis_dtype": "bfloat16"}, {"seed": 5}):
         adapt(tiny(), **options)
     assert len(list(bases.iterdir())) == 1
@@ -192,10 +193,10 @@ def test_a_bad_file_is_told_of_and_replaced(damage, bases, monkeypatch):
     (other,) = set(bases.iterdir()) - {file}
     damage(file, other)
     with pytest.warns(UserWarning, match="cannot be used .*: the bases are made anew") as told:
-        again = make_plan(tiny(), CTConfig(k=4)).bases
+        again = prepare(tiny(), CTConfig(k=4)).bases
     assert len(told) == 1
     assert_same_bases(again, first)
-    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.spectral.kinds, "weight_basis", refuse)
     assert_same_bases(all_bases(adapt(tiny())), first)
 
 
@@ -204,7 +205,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CTSFT_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="could not be kept in .*file/bases .*CTSFT_BASIS_CACHE=0") as told:
-        again = make_plan(tiny(), CTConfig(k=4)).bases
+        again = prepare(tiny(), CTConfig(k=4)).bases
     assert len(told) == 1
     assert_same_bases(again, first)
 
@@ -215,7 +216,7 @@ def test_a_full_disk_leaves_nothing_behind(bases, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.warns(UserWarning, match="No space left on device"):
-        make_plan(tiny(), CTConfig(k=4))
+        prepare(tiny(), CTConfig(k=4))
     assert list(bases.iterdir()) == []
 
 
@@ -243,7 +244,7 @@ def test_an_adapter_trained_on_kept_bases_loads_on_recomputed_ones(wide, tmp_pat
 def test_resize_reads_from_the_file(wide, monkeypatch):
     adapt(wide(), k=64, target_modules=["q_proj", "up_proj"])
     model = adapt(wide(), k=8, target_modules=["q_proj", "up_proj"])
-    monkeypatch.setattr(ctsft.adapter.model, "weight_basis", refuse)
+    monkeypatch.setattr(ctsft.spectral.kinds, "weight_basis", refuse)
     for k in (40, 64, 5):
         resize(model, k)
         for basis in all_bases(model).values():
@@ -269,7 +270,7 @@ def test_two_adapters_of_one_model_share_one_basis(basis, dtype, monkeypatch):
     model = adapt(tiny(), **options)
     alone, bytes_alone = all_bases(model), extra_memory(model, None)
     with monkeypatch.context() as patch:
-        patch.setattr(ctsft.adapter.model, "weight_basis", refuse)
+        patch.setattr(ctsft.spectral.kinds, "weight_basis", refuse)
         model.add_adapter("b", CTConfig(**options))
     assert share_everything(model, "default", "b")
     assert_same_bases(all_bases(model, "b"), alone)

@@ -5,8 +5,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ctsft import CTConfig, CTError, calibrate
-from ctsft.adapter.calibrate import input_grams, mean_gradients
-from ctsft.adapter.model import find_targets
+from ctsft.adapter.targets import find_targets
+from ctsft.spectral.collect import input_grams, mean_gradients
 from ctsft.spectral.weights import matrix
 from helpers import EMBEDDING, FORMS, SHAPES, adapt, assert_close, assert_same_bits, batches, ids, logits, owners, tiny
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from ctsft.spectral.decompose import (
     singular_triples,
     singular_values,
     stable_rank,
+    whole_gram,
 )
+from helpers import assert_same_bits
 
 sizes = st.integers(1, 12)
 property_test = settings(deadline=None, max_examples=60)
@@ -281,6 +284,17 @@ def test_small_matrices_and_many_directions_are_decomposed_exactly(shape):
     assert all(
         torch.equal(a, b) for a, b in zip(leading_triples(w, 8), singular_triples(w, torch.arange(8)), strict=True)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_gram_matrix_in_strips_is_whole_and_has_the_bits_of_its_strips(dtype, layout):
+    a = torch.randn(90, 70, dtype=dtype) if layout == "rows" else torch.randn(70, 90, dtype=dtype).T
+    gram = whole_gram(a)
+    assert_same_bits(gram, gram.T)
+    assert torch.allclose(gram, a.T @ a, rtol=1e-5, atol=1e-5)
+    for low, high in pairwise(70 * i // 8 for i in range(9)):
+        assert_same_bits(gram[:high, low:high].contiguous(), a[:, :high].T @ a[:, low:high])
 
 
 def test_where_float32_does_not_do_float64_does_and_then_the_exact_way(from_500, monkeypatch):

@@ -14,8 +14,11 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         *("read", "rows", "tokens"),
     ],
     "models": ["photonic", "load"],
-    "spectral": ["decompose", "weights", "basis", "universal", "cache"],
-    "adapter": ["config", "fused", "layer", "store", "rate", "model", "calibrate", "export"],
+    "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
+    "adapter": [
+        *("config", "forms", "fused", "layer", "store", "targets", "bases", "model", "resize", "calibrate", "export"),
+        "rate",
+    ],
     "probe": [],
     "pages": ["words", "plot", "render"],
     "tune": ["recipe", "inspect", "report", "run"],

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from ctsft.adapter.forms import FORMS as BY_NAME
 from ctsft.adapter.fused import AdaptedLinear
 from ctsft.adapter.layer import CTLinear
 from helpers import FORMS, adapt, assert_close, assert_same_bits, ids, owners, randomise, tiny
@@ -28,6 +29,10 @@ def pieces(form, side="left", dtype=torch.float32, factors=torch.float32, bias=F
     return x, randn(7, 5).to(dtype), randn(7).to(dtype) if bias else None, u, c, vh
 
 
+def fast(form, x, weight, bias, u, c, vh):
+    return AdaptedLinear.apply(x, weight, bias, BY_NAME[form], u, c, vh)
+
+
 def slow(x, weight, bias, u, c, vh):
     """The dense formula in float64, by plain autograd."""
     u, c, vh = (None if t is None else t.double() for t in (u, c, vh))
@@ -47,13 +52,13 @@ FORM_SIDES = [("diagonal", "left"), ("core", "left"), ("scores", "left"), ("scor
 def test_output_and_gradients_are_those_of_the_dense_formula(form, side, dtype, factors, bias):
     x, weight, b, u, c, vh = pieces(form, side, dtype, getattr(torch, factors), bias)
     x.requires_grad_(), c.requires_grad_()
-    fast, exact = AdaptedLinear.apply(x, weight, b, u, c, vh), slow(x, weight, b, u, c, vh)
-    assert fast.dtype == dtype and fast.shape == exact.shape
+    out, exact = fast(form, x, weight, b, u, c, vh), slow(x, weight, b, u, c, vh)
+    assert out.dtype == dtype and out.shape == exact.shape
     rounding = 0.02 if dtype == torch.bfloat16 else 1e-5
-    assert_close(fast, exact, rounding)
+    assert_close(out, exact, rounding)
     dy = torch.randn(exact.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
     for got, expected in zip(
-        torch.autograd.grad(fast, (x, c), dy), torch.autograd.grad(exact, (x, c), dy.double()), strict=True
+        torch.autograd.grad(out, (x, c), dy), torch.autograd.grad(exact, (x, c), dy.double()), strict=True
     ):
         assert got.dtype == expected.dtype
         assert_close(got, expected, rounding)
@@ -64,16 +69,17 @@ def test_output_and_gradients_are_those_of_the_dense_formula(form, side, dtype, 
 def test_only_the_gradient_that_is_asked_for(form, side, wanted):
     x, weight, _, u, c, vh = pieces(form, side)
     one = {"x": x, "c": c}[wanted].requires_grad_()
-    AdaptedLinear.apply(x, weight, None, u, c, vh).sum().backward()
+    fast(form, x, weight, None, u, c, vh).sum().backward()
     (expected,) = torch.autograd.grad(slow(x, weight, None, u, c, vh).sum(), one)
     assert_close(one.grad, expected, 1e-5)
     assert (c if wanted == "x" else x).grad is None
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
-    x, weight, _, u, c, vh = pieces("diagonal")
+    form = "diagonal"
+    x, weight, _, u, c, vh = pieces(form)
     x.requires_grad_()
-    (g,) = torch.autograd.grad(AdaptedLinear.apply(x, weight, None, u, c, vh).square().sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad(fast(form, x, weight, None, u, c, vh).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
 
@@ -99,7 +105,7 @@ def test_it_keeps_k_numbers_a_token_and_no_copy_of_the_input(form, side, dtype):
     x, weight, _, u, c, vh = pieces(form, side, dtype, dtype)
     x.requires_grad_(), c.requires_grad_()
     frozen = [t for t in (weight, u, c, vh) if t is not None]
-    kept = saved_beside(frozen, lambda: AdaptedLinear.apply(x, weight, None, u, c, vh))
+    kept = saved_beside(frozen, lambda: fast(form, x, weight, None, u, c, vh))
     (only,) = kept
     if side == "right":
         assert only.data_ptr() == x.data_ptr()
@@ -210,7 +216,7 @@ def test_torch_func_and_autocast_go_the_plain_way():
 def test_zero_coefficients_change_no_bit(form):
     for dtype in DTYPES:
         x, weight, b, u, c, vh = pieces(form, "left", dtype, torch.float32, bias=True)
-        assert_same_bits(AdaptedLinear.apply(x, weight, b, u, 0 * c, vh), nn.functional.linear(x, weight, b))
+        assert_same_bits(fast(form, x, weight, b, u, 0 * c, vh), nn.functional.linear(x, weight, b))
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from ctsft import CTError
-from ctsft.adapter.model import resize
+from ctsft.adapter.resize import resize
 from ctsft.probe import (
     DENSE,
     TOP,

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-import ctsft.adapter.model
+import ctsft.spectral.kinds
 from ctsft import CTConfig, CTError, resize, save_adapter
 from ctsft.adapter.store import base_fingerprint, replace_folder
 from ctsft.spectral.basis import Basis
@@ -258,8 +258,8 @@ def turned(b):
 def test_directions_that_come_out_turned_are_detected(form, maker, tmp_path, monkeypatch):
     model = randomise(adapt(tiny(), form=form, basis=maker.removesuffix("_basis")))
     save_adapter(model, tmp_path / "a")
-    make = getattr(ctsft.adapter.model, maker)
-    monkeypatch.setattr(ctsft.adapter.model, maker, lambda *a: turned(make(*a)))
+    make = getattr(ctsft.spectral.kinds, maker)
+    monkeypatch.setattr(ctsft.spectral.kinds, maker, lambda *a: turned(make(*a)))
     with pytest.raises(
         CTError, match=r"differ .* in 14 of 14 matrices \(first: model\.layers\.0\.self_attn\.q_proj\)"
     ) as e:
@@ -269,9 +269,9 @@ def test_directions_that_come_out_turned_are_detected(form, maker, tmp_path, mon
 
 def test_a_turned_universal_basis_is_detected(tmp_path, monkeypatch):
     save_adapter(randomise(adapt(tiny(), form="scores", basis="universal")), tmp_path / "a")
-    make = ctsft.adapter.model.principal_directions
-    monkeypatch.setattr(ctsft.adapter.model, "principal_directions", lambda *a: make(*a).roll(1, 0))
-    monkeypatch.setattr(ctsft.adapter.model, "LAST_UNIVERSAL", {})  # as in another process
+    make = ctsft.spectral.kinds.principal_directions
+    monkeypatch.setattr(ctsft.spectral.kinds, "principal_directions", lambda *a: make(*a).roll(1, 0))
+    monkeypatch.setattr(ctsft.spectral.kinds, "LAST_UNIVERSAL", {})  # as in another process
     with pytest.raises(CTError, match="differ from those that the adapter was trained on"):
         load(tiny(), tmp_path / "a")
 
@@ -286,9 +286,9 @@ def test_one_turned_matrix_among_many_is_named(tmp_path):
 def test_a_small_difference_in_rounding_is_no_reason_to_refuse(tmp_path, monkeypatch):
     model = randomise(adapt(tiny()))
     save_adapter(model, tmp_path / "a")
-    make = ctsft.adapter.model.weight_basis
+    make = ctsft.spectral.kinds.weight_basis
     monkeypatch.setattr(
-        ctsft.adapter.model, "weight_basis", lambda *a: Basis(make(*a).u * (1 + 1e-7), make(*a).vh * (1 + 1e-7))
+        ctsft.spectral.kinds, "weight_basis", lambda *a: Basis(make(*a).u * (1 + 1e-7), make(*a).vh * (1 + 1e-7))
     )
     assert_close(logits(load(tiny(), tmp_path / "a")), logits(model), 1e-5)
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ctsft.adapter.calibrate import calibrate
     from ctsft.adapter.config import CTConfig
     from ctsft.adapter.export import export_adapter
-    from ctsft.adapter.model import resize
     from ctsft.adapter.rate import learning_rate
+    from ctsft.adapter.resize import resize
     from ctsft.adapter.store import save_adapter
     from ctsft.spectral.universal import universal_basis
 
@@ -38,7 +38,7 @@ HOMES = {
     "calibrate": "adapter.calibrate",
     "export_adapter": "adapter.export",
     "learning_rate": "adapter.rate",
-    "resize": "adapter.model",
+    "resize": "adapter.resize",
     "save_adapter": "adapter.store",
     "universal_basis": "spectral.universal",
 }

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 
-from ctsft.adapter.calibrate import own_labels
 from ctsft.adapter.layer import CTEmbedding, CTLayer
-from ctsft.adapter.model import fitted
+from ctsft.adapter.resize import fitted
 from ctsft.adapter.store import adapted
 from ctsft.choices import PROBES
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis, generator
+from ctsft.spectral.collect import own_labels
 from ctsft.spectral.decompose import effective_rank, stable_rank
 from ctsft.spectral.weights import clean_name, matrix
 
@@ -523,8 +523,8 @@ def ablation(
                 for name, c in whole.items():
                     mask = torch.zeros(c.shape[-1], dtype=torch.bool)
                     mask[ranked(name, c.shape[-1])[:count]] = True
-                    both = mask & mask[:, None] if layers[name].ctsft_config[adapter_name].form == "core" else mask
-                    pieces[name].data = torch.where(both.to(c.device), c, 0.0)
+                    left = layers[name].form(adapter_name).mask(mask).to(c.device)
+                    pieces[name].data = torch.where(left, c, 0.0)
                 losses[str(count)] = float(loss())
         finally:
             for name, c in whole.items():

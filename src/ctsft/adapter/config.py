@@ -14,8 +14,6 @@ from ctsft.spectral.basis import Basis
 
 FORMAT_VERSION = 1
 
-RECOMPUTABLE = ("weight", "random", "universal")  # from the base weights and the seed alone; the others need data
-
 
 CTSFT = add_peft_type("CTSFT")
 

@@ -1,7 +1,4 @@
-"""The adapted layer: a frozen base module beside a frozen basis and the few numbers that train.
-
-Index letters: t tokens, i inputs, o outputs, k directions.
-"""
+"""The adapted layer: a frozen base module beside a frozen basis and the few numbers that train."""
 
 from typing import Any, cast
 
@@ -12,6 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ctsft.adapter.config import CTConfig
+from ctsft.adapter.forms import FORMS, Form
 from ctsft.adapter.fused import AdaptedLinear
 from ctsft.compat import does_more, embed_scale, under_functorch
 from ctsft.errors import CTError
@@ -22,7 +20,7 @@ from ctsft.spectral.weights import matrix
 class CTLayer(nn.Module, BaseTunerLayer):
     """Adapters of one Linear, Conv1D or Embedding.
 
-    `ctsft_coefficients[name]` is the trained C in float32: (K,) `diagonal`, (K, K) `core`, (d_out or d_in, K) `scores`.
+    `ctsft_coefficients[name]` is what trains, in float32, of the shape that the adapter's form gives it.
     `ctsft_basis[name]` is kept out of the module tree on purpose: frozen, never cast, never in a state dict; the
     universal basis is one tensor that all layers refer to. It is None between the reading of an adapter's config and of
     its stored basis.
@@ -67,13 +65,13 @@ class CTLayer(nn.Module, BaseTunerLayer):
         self.ctsft_pending = set(owner.ctsft_pending)
         self.ctsft_coefficients[name] = owner.ctsft_coefficients[name]
 
+    def form(self, name: str) -> Form:
+        """The form of adapter `name`: what its trained numbers are beside the basis."""
+        return FORMS[self.ctsft_config[name].form]
+
     def coefficient_shape(self, name: str, k: int) -> tuple[int, ...]:
         """Shape of the trained piece of adapter `name` at `k` directions."""
-        form, basis = self.ctsft_config[name].form, self.ctsft_basis[name]
-        if form == "scores":
-            d_out, d_in = matrix(self.get_base_layer()).shape
-            return (d_in if basis is not None and basis.vh is None else d_out, k)
-        return (k,) if form == "diagonal" else (k, k)
+        return self.form(name).shape(matrix(self.get_base_layer()).shape, self.ctsft_basis[name], k)
 
     def settle(self) -> torch.device:
         """Bring the bases to the base weight's device, and return it."""
@@ -116,19 +114,13 @@ class CTLayer(nn.Module, BaseTunerLayer):
         return basis
 
     def coefficients(self, name: str) -> Tensor:
-        """C of adapter `name` in float32; for `replace`, the whole scores of the new W."""
+        """The trained numbers of adapter `name` in float32; for `replace`, the whole scores of the new W."""
         c, start = self.ctsft_coefficients[name].float(), self.ready(name).start
         return c if start is None else c + start
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """left (d_out, K) and right (K, d_in) with dW = left right; for `replace`, of the whole new W. float32."""
-        basis, c = self.ready(name), self.coefficients(name)
-        if basis.u is None:
-            return c, cast(Tensor, basis.vh).float()
-        u = basis.u.float()
-        if basis.vh is None:
-            return u, c.T
-        return (u * c if c.ndim == 1 else u @ c), basis.vh.float()
+        return self.form(name).factors(self.ready(name), self.coefficients(name))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Dense dW of `adapter`, float32, in the base module's layout. For merging and tests, not used in training."""
@@ -149,19 +141,8 @@ class CTLayer(nn.Module, BaseTunerLayer):
         return c * F.dropout(torch.ones(c.shape[-1], device=c.device), p)
 
     def delta(self, name: str, x: Tensor) -> Tensor:
-        """What adapter `name` adds to the output for input `x` (..., d_in); for `replace`, all of W x.
-
-        Products with the trained C run in float32; those with frozen factors in the wider of their and the input's
-        dtype.
-        """
-        basis, c = self.ready(name), self.dropped(name)
-        dtype = torch.promote_types(x.dtype, basis.dtype)
-        z = x.float() @ c if basis.vh is None else F.linear(x.to(dtype), basis.vh.to(dtype)).float()
-        if basis.u is None:
-            return F.linear(z, c)
-        if basis.vh is not None:
-            z = z * c if c.ndim == 1 else F.linear(z, c)
-        return F.linear(z.to(dtype), basis.u.to(dtype))
+        """What adapter `name` adds to the output for input `x` (..., d_in); for `replace`, all of W x."""
+        return self.form(name).delta(x, self.ready(name), self.dropped(name))
 
     def present(self) -> list[str]:
         """Active adapters that this layer has; CTError where one replaces W and another would add to it."""
@@ -232,8 +213,9 @@ class CTLinear(CTLayer):
         names = [] if self.disable_adapters or self.merged else self.present()
         if len(names) != 1 or self.replaces(names[0]) or not self.bare(x):
             return super().forward(x, *args, **kwargs)
-        base, basis, c = cast(nn.Linear, self.base_layer), self.ready(names[0]), self.dropped(names[0])
-        return AdaptedLinear.apply(x, base.weight, base.bias, basis.u, c, basis.vh)  # type: ignore[no-any-return]
+        (name,), base = names, cast(nn.Linear, self.base_layer)
+        form, basis, c = self.form(name), self.ready(name), self.dropped(name)
+        return AdaptedLinear.apply(x, base.weight, base.bias, form, basis.u, c, basis.vh)  # type: ignore[no-any-return]
 
     def bare(self, x: Tensor) -> bool:
         """Whether calling the base module on `x` does nothing but the product with its frozen weight.
@@ -256,13 +238,7 @@ class CTEmbedding(CTLayer):
     """Adapters of an Embedding, W (vocabulary, d_model): row ids pick rows of the left factor."""
 
     def delta(self, name: str, x: Tensor) -> Tensor:
-        basis, c = self.ready(name), self.dropped(name)
-        z = F.embedding(x, c if basis.u is None else basis.u).float()
-        if basis.vh is None:
-            return z @ c.T * self.scale()
-        if basis.u is not None:
-            z = z * c if c.ndim == 1 else z @ c
-        return z @ basis.vh.float() * self.scale()
+        return self.form(name).rows(x, self.ready(name), self.dropped(name)) * self.scale()
 
     def scale(self) -> Tensor | float:
         """Factor that some embeddings (Gemma's) put on their output."""

@@ -4,14 +4,14 @@ from statistics import median
 
 from torch import Tensor, nn
 
+from ctsft.adapter.forms import FORMS
 from ctsft.adapter.store import adapted
 from ctsft.errors import CTError
 from ctsft.spectral.weights import matrix
 
-# The best peak rates of short AdamW runs with linear decay at K = 64, as shares of the model's typical singular value:
-# `diagonal` on SmolLM2-135M (LOG.md), the others on a 15M model. An amplitude adds to a singular value, so it moves on
-# the scale of those; the more numbers share the work, the smaller the rate.
-SHARE = {"diagonal": 0.07, "core": 0.004, "scores": 0.0015}
+# The shares of the forms are the best peak rates of short AdamW runs with linear decay at this K, over the model's
+# typical singular value: of `diagonal` on SmolLM2-135M (LOG.md), of the others on a 15M model. An amplitude adds to a
+# singular value, so it moves on the scale of those; the more numbers share the work, the smaller the rate.
 TUNED_K = 64
 
 
@@ -43,4 +43,4 @@ def rms_singular_value(module: nn.Module, weight: Tensor) -> float:
 
 def rate(form: str, k: int, scale: float) -> float:
     """share(form) * `scale` * sqrt(64 / `k`), to two digits; `k` below 16 counts as 16 (see `learning_rate`)."""
-    return float(f"{SHARE[form] * scale * (TUNED_K / max(k, 16)) ** 0.5:.2g}")
+    return float(f"{FORMS[form].rate * scale * (TUNED_K / max(k, 16)) ** 0.5:.2g}")

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctsft.adapter.config import RECOMPUTABLE, CTConfig
+from ctsft.adapter.config import CTConfig
+from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
 from ctsft.compat import FSDP
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis, checksum, two_sides
+from ctsft.spectral.kinds import kind_of
 from ctsft.spectral.weights import clean_name, fingerprint, matrix, takes_part_transposed, universal_members, width
 
 COEFFICIENTS, CHECKSUM = "ctsft.coefficients", "ctsft.checksum"
@@ -38,12 +40,12 @@ def adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, CTLayer]
 
 
 def base_fingerprint(model: nn.Module, config: CTConfig, targets: dict[str, nn.Module]) -> str:
-    """Fingerprint of all base weights that the basis depends on: the adapted ones, and those of a universal basis.
+    """Fingerprint of all base weights that the basis depends on: the adapted ones, and all those of a shared basis.
 
     `targets`: clean names -> base modules or CTLayers. Weights under a merge count as they were before it.
     """
     members = dict(targets)
-    if config.basis == "universal":
+    if kind_of(config.basis).shared:
         layers = {m.base_layer: m for m in model.modules() if isinstance(m, CTLayer)}
         members |= {n: layers.get(m, m) for n, m in universal_members(model, width(model)).items()}  # type: ignore[call-overload]
     return fingerprint((n, m.base_weight() if isinstance(m, CTLayer) else m.weight) for n, m in members.items())  # type: ignore[misc]
@@ -54,7 +56,9 @@ def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict
     layers = {clean_name(n): (n.removeprefix(FSDP), m) for n, m in adapted(model, adapter_name)}
     made_from = next(m.ctsft_fingerprint[adapter_name] for _, m in layers.values())
     now = base_fingerprint(model, config, {n: m for n, (_, m) in layers.items()})
-    stored = config.store_basis or config.basis not in RECOMPUTABLE or now != made_from
+    kind = kind_of(config.basis)
+    stored = config.store_basis or kind.stored or now != made_from
+    shared = kind.shared and not FORMS[config.form].both  # one tensor serves all matrices
     config.saved_as = {"fingerprint": made_from, "stored_basis": stored}
 
     parts, sums = [], []
@@ -64,7 +68,7 @@ def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict
         parts.append(state_dict[f"{key}.ctsft_coefficients.{adapter_name}"].detach().flatten().float().cpu())
         sums.append(checksum(basis, name))
         for factor, tensor in basis.tensors().items() if stored else ():
-            if config.basis == "universal" and config.form == "scores" and factor != "start":
+            if shared and factor != "start":
                 if basis.k >= tensors.get(UNIVERSAL, torch.empty(0, 0)).shape[0]:
                     tensors[UNIVERSAL] = (tensor if factor == "vh" else tensor.T).cpu().contiguous()
             else:

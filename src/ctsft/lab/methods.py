@@ -27,15 +27,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ctsft.adapter.calibrate import calibrate, mean_gradients
-from ctsft.adapter.config import RECOMPUTABLE, CTConfig
-from ctsft.adapter.model import find_targets
+from ctsft.adapter.calibrate import calibrate
+from ctsft.adapter.config import CTConfig
 from ctsft.adapter.store import adapted
+from ctsft.adapter.targets import find_targets
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
 from ctsft.lab.schedule import counted_parameters
 from ctsft.lab.spec import Spec
+from ctsft.spectral.collect import mean_gradients
 from ctsft.spectral.decompose import effective_rank, singular_values
+from ctsft.spectral.kinds import needs_data
 from ctsft.spectral.weights import matrix
 
 LORAS = ("lora", "lora-fa", "lora-xs")
@@ -242,7 +244,7 @@ def ct_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module], ba
         amplitude_dropout=spec.dropout,
         task_type="CAUSAL_LM",
     )
-    return config if spec.basis in RECOMPUTABLE else calibrate(model, config, batches)
+    return calibrate(model, config, batches) if needs_data(spec.basis) else config
 
 
 def peft_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module]) -> Any:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 import ctsft.models.photonic  # noqa: F401  (registers the model)
 from ctsft import probe
 from ctsft.adapter.layer import CTLayer
-from ctsft.adapter.model import resize
+from ctsft.adapter.resize import resize
 from ctsft.data.read import READABLE
 from ctsft.data.rows import BUILTIN as BUILTIN_TEXTS
 from ctsft.data.rows import load_corpus

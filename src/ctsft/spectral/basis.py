@@ -39,6 +39,11 @@ class Basis:
         return {n: t for n, t in (("u", self.u), ("vh", self.vh), ("start", self.start)) if t is not None}
 
     @property
+    def both(self) -> bool:
+        """Whether both factors are there."""
+        return self.u is not None and self.vh is not None
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.vh.dtype if self.vh is not None else self.u.dtype  # type: ignore[union-attr]
 
@@ -76,9 +81,9 @@ class Basis:
             if theirs is not None and theirs.device == mine.device:
                 setattr(self, name, theirs)
 
-    def input_side(self) -> "Basis":
-        """vh alone, for `scores`: the left factor trains."""
-        return Basis(None, self.vh)
+    def one_side(self) -> "Basis":
+        """One factor, for a form that trains the other: vh where both are there."""
+        return Basis(None, self.vh, self.start) if self.both else self
 
 
 def generator(seed: int, *words: object) -> torch.Generator:

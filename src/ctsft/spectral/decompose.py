@@ -6,7 +6,7 @@ the leading triples of a large matrix are iterated instead, to a stated residual
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -122,11 +122,11 @@ def seconds(shape: torch.Size, k: int, leading: bool) -> float:
 def next_group(a: Tensor, u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """The GROUP triples of the tall `a` (m, n) that follow the known `u`, `s`, `vh`; None where iterating fails."""
     for dtype, aim, accepted in STAGES:
-        gram = half_gram(a.to(dtype))
-        gram -= (vh.T * s.square() @ vh).to(dtype)
+        gram = whole_gram(a.to(dtype))
+        gram -= (vh.T * s.square() @ vh).to(dtype)  # the known directions sink to 0: the next ones lead what is left
         v = ritz_rows(gram, len(s), float(s[0]) if len(s) else None, aim).double()
-        v = torch.linalg.qr((v - v @ vh.T @ vh).T)[0].T
-        y = F.linear(v, a)
+        v = torch.linalg.qr((v - v @ vh.T @ vh).T)[0].T  # what rounding has brought back of them leaves here
+        y = F.linear(v, a)  # Rayleigh-Ritz on `a` itself: its Gram matrix has squared the accuracy away
         values, mix = torch.linalg.eigh(y @ y.T)
         found, mix = values.flip(0)[:GROUP].clamp(min=0).sqrt(), mix.flip(1)[:, :GROUP].T
         largest = s[0] if len(s) else found[0]
@@ -152,13 +152,14 @@ def ritz_rows(gram: Tensor, seed: int, s1: float | None, aim: float) -> Tensor:
     held = BLOCK
     for step in range(STEPS):
         rows = space[:held]
-        image = rows[-BLOCK:] @ gram
+        image = rows[-BLOCK:] @ gram  # only the newest rows are multiplied: the older ones' images lie in the space
         inside = image @ rows.T
         projected[held - BLOCK : held, :held], projected[:held, held - BLOCK : held] = inside, inside.T
-        outside = image - inside @ rows
+        outside = image - inside @ rows  # what the space does not hold yet: the next block, and the residual
         block = torch.linalg.qr(outside.T)[0].T
         block = torch.linalg.qr((block - block @ rows.T @ rows).T)[0].T  # "twice is enough"; also where outside is 0
         full, last = held == ROOM, step == STEPS - 1
+        # not at every step: the small eigenproblem costs too
         if full or last or (held >= 4 * GROUP and held % (4 * BLOCK) == 0):
             values, mix = torch.linalg.eigh(projected[:held, :held])
             values, mix = values.flip(0), mix.flip(1)
@@ -169,6 +170,7 @@ def ritz_rows(gram: Tensor, seed: int, s1: float | None, aim: float) -> Tensor:
                 rows = mix[:, :KEPT].T.to(dtype) @ rows
                 if last or found:
                     return rows
+                # restart with twice the rows that are wanted: the gap to what is let go decides how fast it goes on
                 space[:KEPT], held = rows, KEPT
                 projected.zero_().diagonal()[:KEPT] = values[:KEPT]
         space[held : held + BLOCK] = block
@@ -176,13 +178,23 @@ def ritz_rows(gram: Tensor, seed: int, s1: float | None, aim: float) -> Tensor:
     raise AssertionError("the last step returns")
 
 
-def half_gram(a: Tensor) -> Tensor:
+def lower_gram(a: Tensor, edges: Sequence[int], out: Tensor) -> Tensor:
+    """a^T a of `a` (m, n) into `out` (n, n), in blocks of rows between `edges`, each up to its own diagonal block.
+
+    The lower triangle is all that is meant to be read: what it is the mirror of is not computed. The edges and the
+    layout of `out` (its rows or, as `gram.T`, its columns together in memory) are part of what decides the bits.
+    """
+    for low, high in pairwise(edges):
+        torch.mm(a[:, low:high].T, a[:, :high], out=out[low:high, :high])
+    return out
+
+
+def whole_gram(a: Tensor) -> Tensor:
     """a^T a of `a` (m, n), (n, n), in eight strips: one triangle is a copy of the other, which saves 7 parts in 16."""
     n = a.shape[1]
-    gram = a.new_empty(n, n)
     edges = [n * i // 8 for i in range(9)]
+    gram = lower_gram(a, edges, a.new_empty(n, n).T).T
     for low, high in pairwise(edges):
-        gram[:high, low:high] = a[:, :high].T @ a[:, low:high]
         gram[low:high, :low] = gram[:low, low:high].T
     return gram
 

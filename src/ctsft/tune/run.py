@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from ctsft.adapter.calibrate import calibrate
-from ctsft.adapter.config import RECOMPUTABLE, CTConfig
+from ctsft.adapter.config import CTConfig
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.rate import learning_rate
 from ctsft.adapter.store import adapted, save_adapter
@@ -37,6 +37,7 @@ from ctsft.data.tokens import format_rows, prompt_ids
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, read_json, versions, wilson, write_json, write_text
 from ctsft.models.load import load_model
+from ctsft.spectral.kinds import needs_data
 from ctsft.spectral.weights import clean_name
 from ctsft.tune.inspect import spectra_of
 from ctsft.tune.recipe import ADAPTER, FIELDS, Recipe, read_recipe
@@ -466,7 +467,7 @@ def tune(
         console.print(note, style="yellow", markup=False)
 
     with console.status("making the basis"):
-        if recipe.basis not in RECOMPUTABLE:
+        if needs_data(recipe.basis):
             chosen = list(train_rows.select(range(min(recipe.calibration_rows, len(train_rows)))))
             batches = [
                 collate(chosen[i : i + recipe.batch_size], tokenizer.pad_token_id)

@@ -1,0 +1,58 @@
+"""The modules that an adapter changes: found by names, tied weights once, all checked before anything changes."""
+
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import nn
+
+from ctsft.adapter.config import CTConfig
+from ctsft.adapter.layer import CTLayer
+from ctsft.compat import linear_names, selects, shortest_names
+from ctsft.errors import CTError
+from ctsft.spectral.weights import MATRIX_MODULES, checked
+
+
+def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The bare modules that `config` matches, by name, and the second uses of their (tied) weights: name -> first use.
+
+    Of modules that share a weight the first in the model's order is the target, whichever was named.
+    """
+    # Adapted layers stand for their base module, so that a second adapter finds the names that the first one found.
+    inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, CTLayer))
+    modules = {
+        n: m.base_layer if isinstance(m, CTLayer) else m
+        for n, m in model.named_modules()
+        if n and not n.startswith(inside)
+    }
+    if config.target_modules in (None, "all-linear"):
+        names = linear_names(model, config)
+        # written down as endings, not as "all-linear": an adapter must mean the same modules when it is loaded
+        config.target_modules = shortest_names(names, set(modules) - names)
+    found = [n for n in modules if selects(config, n)]
+    regex = isinstance(config.target_modules, str)
+    wanted = [str(config.target_modules)] if regex else sorted(config.target_modules)
+    unknown = [w for w in wanted if not (found and (regex or matches(w, modules)))]
+    if unknown:
+        there = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, MATRIX_MODULES)})
+        raise CTError(f"target_modules {unknown} match nothing in {type(model).__name__}; it has {', '.join(there)}.")
+
+    weights = {n: checked(n, modules[n]) for n in found}
+    # A tied weight must have one adapter, else its uses would no longer be one matrix: all uses of each, in order.
+    uses: dict[int, list[str]] = {id(modules[n].weight): [] for n in weights}
+    for name, module in modules.items():
+        if isinstance(module, MATRIX_MODULES) and id(module.weight) in uses:
+            uses[id(module.weight)].append(name)
+    owners = {name: names[0] for names in uses.values() for name in names[1:]}
+    if config.from_disk and sorted(owners) != sorted(config.target_modules_to_tie or []):
+        raise CTError(
+            f"the adapter was trained with {config.target_modules_to_tie or 'no module'} tied to a target and here it "
+            f"is {sorted(owners) or 'none'}; load the model with its weights tied as they were."
+        )
+    # Full names: peft would save the whole base embedding next to the bare name `lm_head` or `embed_tokens`.
+    targets = {names[0]: modules[names[0]] for names in uses.values()}
+    if owners or any(n.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for n in targets):
+        config.target_modules = sorted(targets)
+    config.target_modules_to_tie = sorted(owners) or None
+    return {n: m for n, m in modules.items() if n in targets}, owners
+
+
+def matches(wanted: str, modules: dict[str, nn.Module]) -> bool:
+    return any(n == wanted or n.endswith(f".{wanted}") for n in modules)

@@ -1,0 +1,144 @@
+"""Kinds of basis: the one table of where an adapter's directions come from.
+
+A new kind is one entry of KINDS, its name in `choices.BasisKind`, and tests. Nobody else asks which kind a basis is.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ctsft.choices import AdapterOptions
+from ctsft.errors import CTError
+from ctsft.spectral.basis import Basis, gradient_basis, input_basis, random_basis, two_sides, weight_basis
+from ctsft.spectral.collect import input_grams, mean_gradients
+from ctsft.spectral.decompose import iterated, principal_directions, seconds
+from ctsft.spectral.weights import fingerprint, matrix, takes_part_transposed, universal_gram, universal_members, width
+
+Make = Callable[[str, Tensor, int], Basis]  # (module name, W (d_out, d_in), K) -> its directions
+
+# The most directions of a matrix (d_out, d_in) by the sides that a kind has, for a form that needs one side only. Where
+# both are needed, it is the smaller of d_out and d_in.
+MOST: dict[str, Callable[[torch.Size], int]] = {
+    "pairs": min,  # u and vh belong together, as singular vectors do
+    "each": lambda shape: shape[1],  # u and vh are made independently
+    "input": lambda shape: shape[1],  # vh only
+    "either": max,  # vh or u, by which side of the matrix meets the residual stream
+}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Directions from data: `collect` runs a model over batches, `make` turns what it found of a matrix into K of them.
+
+    collect: (model, modules by name, batches) -> a tensor a module.
+    """
+
+    collect: Callable[[nn.Module, dict[str, nn.Module], Iterable[Mapping[str, Tensor]]], dict[str, Tensor]]
+    make: Callable[[Tensor, int], Basis]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of basis. It has either a `maker`, or a `calibration` that must run before the adapter is added.
+
+    sides: those that its makers give (see MOST). A form that needs the other side too gets it as the images under W.
+    maker: (bare model, options, every K) -> Make; what all matrices share is prepared once, in the first call.
+    stored: whether an adapter's file must hold the directions, since nothing else brings them back.
+    shared: whether one set of directions, made of all matrices together, serves all of them.
+    decided_by: (options, both sides needed) -> all that decides the directions beside base weights, K and the kind.
+    nested: (options, shape, K, more) -> whether the first K of more directions have the bits of K made alone.
+    work: (options, shape, K) -> seconds that making them takes, for a kind that is worth keeping on disk.
+    """
+
+    sides: Literal["pairs", "each", "input", "either"]
+    maker: Callable[[nn.Module, AdapterOptions, Collection[int]], Make] | None = None
+    calibration: Calibration | None = None
+    stored: bool = False
+    shared: bool = False
+    decided_by: Callable[[AdapterOptions, bool], tuple[object, ...]] = lambda *_: ()
+    nested: Callable[[AdapterOptions, torch.Size, int, int], bool] = lambda *_: False
+    work: Callable[[AdapterOptions, torch.Size, int], float] | None = None
+
+    def most(self, shape: torch.Size, both: bool) -> int:
+        """The most directions of a matrix of `shape` (d_out, d_in), where `both` sides are needed or one."""
+        return min(shape) if both else MOST[self.sides](shape)
+
+
+# ---- makers
+
+
+def from_weight(model: nn.Module, options: AdapterOptions, ks: Collection[int]) -> Make:
+    return lambda name, w, k: weight_basis(w, k, options.weight_from, options.seed, name)
+
+
+def from_seed(model: nn.Module, options: AdapterOptions, ks: Collection[int]) -> Make:
+    return lambda name, w, k: random_basis((w.shape[0], w.shape[1]), k, options.seed, name)
+
+
+def from_stream(model: nn.Module, options: AdapterOptions, ks: Collection[int]) -> Make:
+    d_model = width(model)
+    if max(ks) > d_model:
+        raise CTError(
+            f"k={max(ks)} is more than the {d_model} directions of the residual stream that basis='universal' has."
+        )
+    shared = universal_directions(model, d_model)[: max(ks)]
+    # Rounded here, once: every matrix then refers to this one tensor.
+    sides = two_sides(shared.to(getattr(torch, options.basis_dtype)).contiguous(), ks)
+    return lambda name, w, k: sides[k][takes_part_transposed(name, w.shape, d_model)]
+
+
+LAST_UNIVERSAL: dict[str, Tensor] = {}
+
+
+def universal_directions(model: nn.Module, d_model: int) -> Tensor:
+    """All directions of the universal basis as rows, (d_model, d_model) float64. Those of the last model are kept.
+
+    The fingerprint of the weights tells whether it is the same model: hashing is far cheaper than the Gram matrix.
+    """
+    members = universal_members(model, d_model)
+    key = fingerprint((n, matrix(m)) for n, m in members.items())
+    if key not in LAST_UNIVERSAL:
+        made = principal_directions(universal_gram(members, d_model, "universal basis"), d_model)
+        LAST_UNIVERSAL.clear()
+        LAST_UNIVERSAL[key] = made
+    return LAST_UNIVERSAL[key]
+
+
+# ---- the table
+
+
+def same_iteration(options: AdapterOptions, shape: torch.Size, k: int, more: int) -> bool:
+    """Leading directions are iterated in whole groups, the same whatever K; an exact decomposition rounds with K."""
+    return options.weight_from == "top" and iterated(shape, k) and iterated(shape, more)
+
+
+KINDS = {
+    "weight": Kind(
+        sides="pairs",
+        maker=from_weight,
+        decided_by=lambda o, both: (o.weight_from, o.seed if o.weight_from == "random" else None),
+        nested=same_iteration,
+        work=lambda o, shape, k: seconds(shape, k, o.weight_from == "top"),
+    ),
+    "random": Kind(sides="each", maker=from_seed, decided_by=lambda o, both: (o.seed,)),
+    "universal": Kind(
+        sides="either", maker=from_stream, shared=True, decided_by=lambda o, both: (both, o.universal_mode)
+    ),
+    "gradient": Kind(sides="pairs", calibration=Calibration(mean_gradients, gradient_basis), stored=True),
+    "activation": Kind(sides="input", calibration=Calibration(input_grams, input_basis), stored=True),
+}
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of basis called `name`, or CTError where there is none."""
+    if name not in KINDS:
+        raise CTError(f"basis={name!r} is unknown; choose one of {', '.join(KINDS)}.")
+    return KINDS[name]
+
+
+def needs_data(name: str) -> bool:
+    """Whether directions of the kind `name` are made by `ctsft.calibrate`, from batches."""
+    return kind_of(name).calibration is not None
