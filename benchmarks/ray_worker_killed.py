@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from ctsft.lab import run as lab
+from ctsft.lab.engines import on_ray
 from ctsft.lab.records import Records
 from ctsft.lab.spec import Arm, Spec
-from ctsft.lab.sweep import on_ray, sweep
+from ctsft.lab.sweep import sweep
 from ctsft.models.load import load_tokenizer
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 

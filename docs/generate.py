@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 MADE = "<!-- Made by `make docs`; do not edit. -->\n\n"
 FOLDERS = {  # of Python files that the map shows, beside the rooms of the package
     "benchmarks": "the measured tables of `benchmarks/RESULTS.md`; `make bench`",
-    "recipes": "what makes or fetches models and texts",
+    "scripts": "what makes or fetches models and texts",
     "packages/ctsft-photonic/src/ctsft_photonic": "PhotonicGPT's weights, tokenizer and card, a package of their own",
     "examples": "scripts and a notebook to start from",
     "docs": "this site; `make docs`",

@@ -194,7 +194,7 @@ def test_every_file_is_in_the_map_and_the_map_names_no_other():
 def test_paths_in_the_text_exist(path):
     """`src/...` and the like, in backticks, are files or folders of the repository."""
     text = path.read_text(encoding="utf-8")
-    found = re.findall(r"`((?:src|docs|tests|benchmarks|recipes|examples|experiments|packages)/[\w./-]*)`", text)
+    found = re.findall(r"`((?:src|docs|tests|benchmarks|scripts|examples|records|packages)/[\w./-]*)`", text)
     assert [name for name in found if not (ROOT / name).exists()] == []
 
 

@@ -23,8 +23,9 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "pages": ["words", "plot", "render"],
     "tune": ["recipe", "inspect", "report", "run"],
     "lab": [
-        *("schedule", "spec", "records", "rates", "experiments", "methods", "run", "sweep", "metrics", "stats"),
-        *("compare", "tables", "claims", "predicates", "verdicts", "drawing", "figures", "page"),
+        *("schedule", "spec", "records", "rates", "experiments", "methods", "sources", "prefix", "run"),
+        *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
+        *("drawing", "figures", "page"),
     ],
     "cli": ["console", "lab", "tune", "adapter", "inspect", "main"],
 }
@@ -34,8 +35,8 @@ NO_TORCH = {
     *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.execution"),
     *("data.sql.examples", "pages.words", "pages.plot", "pages.render"),
-    *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.sweep", "lab.metrics"),
-    *("lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),
+    *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.engines", "lab.sweep"),
+    *("lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),
     *("lab.drawing", "lab.figures", "lab.page"),
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}

@@ -5,6 +5,7 @@ import torch
 
 from ctsft.errors import CTError
 from ctsft.lab import run as lab
+from ctsft.lab import sources
 from ctsft.lab.metrics import value
 from ctsft.lab.records import Records
 from ctsft.lab.spec import Spec, replaced
@@ -27,10 +28,10 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CTSFT_MODELS", str(folder))
         lab.FIRST_HELDOUT.clear()
-        lab.base.cache_clear()
-        lab.streams.cache_clear()
+        sources.base.cache_clear()
+        sources.streams.cache_clear()
         yield folder
-    lab.base.cache_clear()
+    sources.base.cache_clear()
 
 
 def spec(**changes):
@@ -57,31 +58,31 @@ def test_a_record_tells_all_and_is_the_same_every_time():
 
 def test_the_first_loss_is_the_bare_model_s_own():
     wanted = spec()
-    train, _ = lab.streams("small", "words")
-    ids = lab.windows(train, wanted, "batch", 0)
+    train, _ = sources.streams("small", "words")
+    ids = sources.windows(train, wanted, "batch", 0)
     with torch.no_grad():
-        bare = lab.base("small").model(input_ids=ids, labels=ids).loss.item()
+        bare = sources.base("small").model(input_ids=ids, labels=ids).loss.item()
     for method in METHODS:
         record = lab.run(replaced(wanted, method=method, steps=1))
         assert record.train_loss[0] == pytest.approx(bare, abs=2e-6), method
 
 
 def test_one_batch_or_new_text():
-    fixed, fresh = lab.batches(spec()), lab.batches(spec(batches="fresh"))
+    fixed, fresh = sources.batches(spec()), sources.batches(spec(batches="fresh"))
     one, two = next(fixed), next(fixed)
     assert torch.equal(one, two)
     a, b = next(fresh), next(fresh)
     assert torch.equal(a, one) and not torch.equal(a, b)
-    assert not torch.equal(next(lab.batches(spec(seed=1))), one)
+    assert not torch.equal(next(sources.batches(spec(seed=1))), one)
     record = lab.run(spec(batches="fresh"))
     assert len(record.train_loss) == 4 and value(record, "monotonic_share") is None
 
 
 def test_held_out_text_is_never_trained_on_and_the_same_for_all():
-    held = lab.heldout_windows(spec())
-    assert held.shape == (lab.HELDOUT_WINDOWS, 12)
-    assert torch.equal(held, lab.heldout_windows(spec(seed=3, k=2)))
-    train, _ = lab.streams("small", "words")
+    held = sources.heldout_windows(spec())
+    assert held.shape == (sources.HELDOUT_WINDOWS, 12)
+    assert torch.equal(held, sources.heldout_windows(spec(seed=3, k=2)))
+    train, _ = sources.streams("small", "words")
     seen = {tuple(train[i : i + 12].tolist()) for i in range(len(train) - 12)}
     assert not seen & {tuple(row.tolist()) for row in held}
 
@@ -98,9 +99,9 @@ def test_k_changes_in_mid_run():
 
 def test_an_untied_head_is_random_and_worse():
     tied, untied = lab.run(spec()), lab.run(spec(tied=False))
-    model = lab.fresh_model(spec(tied=False))
+    model = sources.fresh_model(spec(tied=False))
     assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
-    bare = lab.base("small").model
+    bare = sources.base("small").model
     assert torch.equal(model.get_input_embeddings().weight, bare.get_input_embeddings().weight)
     assert torch.equal(model.model.blocks[0].mlp.up.weight, bare.model.blocks[0].mlp.up.weight)
     assert tied.train_loss[0] != untied.train_loss[0]
@@ -167,15 +168,15 @@ def test_a_rate_that_blows_up_is_recorded_as_diverged(tmp_path):
 
 
 def test_what_is_not_there_is_named(tmp_path, monkeypatch):
-    assert lab.absent(spec()) == ""
-    assert "the model nothing is not in" in lab.absent(spec(model="nothing"))
-    assert "the text nothing is not in" in lab.absent(spec(text="nothing"))
+    assert sources.absent(spec()) == ""
+    assert "the model nothing is not in" in sources.absent(spec(model="nothing"))
+    assert "the text nothing is not in" in sources.absent(spec(text="nothing"))
     with pytest.raises(CTError, match="too few for windows of 5000"):
-        lab.windows(torch.arange(100), spec(length=5000), "batch", 0)
+        sources.windows(torch.arange(100), spec(length=5000), "batch", 0)
 
 
 def test_the_laboratory_s_own_model_lies_in_its_package():
-    assert lab.absent(Spec()) == "" and resolve("photonic").is_dir()
+    assert sources.absent(Spec()) == "" and resolve("photonic").is_dir()
     assert json.loads((resolve("photonic") / "config.json").read_text())["vocab_size"] == 15_007
 
 

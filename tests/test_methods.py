@@ -266,7 +266,6 @@ def test_the_adapter_weighs_its_numbers_and_a_header(method):
     headers = []
     for k in (3, 8):
         equipped = equip(three("photonic"), spec(method, k=k), batches())
-        assert equipped.optimizer_bytes == 8 * equipped.trained
         headers.append(equipped.adapter_bytes() - 4 * expected_count("photonic", stored, "paper", k))
     assert 0 < headers[0] < 9_000 and abs(headers[1] - headers[0]) < 200
 

@@ -94,8 +94,10 @@ def run_experiments(
     chosen = list(names or laboratory.experiments)
     every = [arm for name in chosen for arm in arms(laboratory, name, profile, protocol)]
     with err.status("starting"):
-        from ctsft.lab.run import absent, run
-        from ctsft.lab.sweep import make_engine, sweep
+        from ctsft.lab.engines import make_engine
+        from ctsft.lab.run import run
+        from ctsft.lab.sources import absent
+        from ctsft.lab.sweep import sweep
     reasons = [absent(arm.spec) for arm in every]
     for why in sorted({why for why in reasons if why}):
         err.print(f"left out: {why}", style="yellow", highlight=False)

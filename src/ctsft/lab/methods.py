@@ -101,11 +101,6 @@ class Equipped:
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
         return sum(storages.values()) + buffer_bytes(self.model) - self.base_buffer_bytes
 
-    @property
-    def optimizer_bytes(self) -> int:
-        """Bytes of the two moments that Adam and AdamW keep."""
-        return 2 * sum(p.nbytes for p in self.trainable)
-
     def adapter_bytes(self) -> int:
         """Bytes of the safetensors file that holds the adapter, or what trained of the bare model; really written.
 
@@ -205,7 +200,7 @@ def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
         return Equipped(model, spec, names, shapes, base, buffers)
 
     if spec.method in FORMS:
-        config: Any = ct_config(model, spec, modules, batches)
+        config: Any = spectral_config(model, spec, modules, batches)
     elif spec.method == "lora-xs":
         config = CTConfig(k=spec.k, form="core", target_modules=names, task_type="CAUSAL_LM")
     else:
@@ -226,7 +221,7 @@ def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
     return Equipped(wrapped, spec, names, shapes, base, buffers)
 
 
-def ct_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module], batches: Batches) -> CTConfig:
+def spectral_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module], batches: Batches) -> CTConfig:
     """The adapter that `spec` describes, calibrated where its directions come from data."""
     k: int | dict[str, int] = spec.k
     if spec.allocation == "effective_rank":
@@ -259,7 +254,7 @@ def peft_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module]) 
             return VeraConfig(r=spec.k, projection_prng_key=spec.seed, save_projection=False, **common)
     kind = str(model.config.model_type)  # type: ignore[union-attr]
     if kind not in FEEDFORWARD:
-        raise CTError(f"peft names no feed-forward matrix of {kind} models for IA3; add it to arms.FEEDFORWARD.")
+        raise CTError(f"peft names no feed-forward matrix of {kind} models for IA3; add it to FEEDFORWARD.")
     inner = [n for n in modules if n.endswith(tuple(FEEDFORWARD[kind]))]
     return IA3Config(feedforward_modules=inner, **common)
 

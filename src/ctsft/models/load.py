@@ -131,7 +131,7 @@ def resolve(spec: str) -> Path | str:
 
 
 def _photonic() -> Path:
-    """The folder of photonic's weights, made by recipes/photonic.py, with its card in it."""
+    """The folder of photonic's weights, made by scripts/photonic.py, with its card in it."""
     try:
         return Path(str(files("ctsft_photonic") / "photonic10m"))
     except ModuleNotFoundError:

