@@ -1,7 +1,7 @@
 # Everything runs in .venv, which `make setup` makes; only Python 3.11 or newer with pip and venv, and make, must be there.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench docs lint format clean
+.PHONY: help setup demo test bench docs dist lint format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,6 +33,9 @@ bench: setup ## run the short benchmarks and write benchmarks/RESULTS.md; best o
 docs: setup ## build the site from docs/ into build/docs; a warning is an error
 	$(BIN)/python docs/generate.py
 	$(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/docs
+
+dist: setup ## build wheels and source archives into dist/, and try them in an empty environment
+	$(BIN)/python .ci/dist.py
 
 lint: setup ## check format, style and types
 	$(BIN)/ruff format --check .
