@@ -13,7 +13,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         *("sql.words", "sql.schemas", "sql.phrases", "sql.questions", "sql.execution", "sql.examples"),
         *("read", "rows", "tokens"),
     ],
-    "models": ["photonic", "load"],
+    "models": ["photonic", "reading", "gguf", "load"],
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
     "adapter": [
         *("config", "forms", "fused", "layer", "store", "targets", "bases", "model", "resize", "calibrate", "export"),

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ctsft.errors import CTError
 from ctsft.files import read_json
-from ctsft.models.load import load_skeleton, one_sentence
+from ctsft.models.load import load_skeleton
+from ctsft.models.reading import one_sentence
 from ctsft.progress import watched
 from ctsft.spectral.decompose import one_thread, principal_directions
 from ctsft.spectral.weights import ROWS, check_finite, gram_of, matrix, takes_part_transposed, universal_members, width
