@@ -22,7 +22,7 @@ def test_arms_of_an_experiment():
     assert first.complete
     assert first.values("train_loss") == pytest.approx([8.0, 8.01, 8.02])
     assert second.mean("train_loss") == pytest.approx(7.01)
-    assert second.sd("train_loss") == pytest.approx(0.01)
+    assert sd(second.values("train_loss")) == pytest.approx(0.01)
     del records[next(key for key, r in records.items() if r.spec.seed == 1 and r.spec.k == 2)]
     first, second = arm_runs(lab, "x", records)
     assert not first.complete and second.complete

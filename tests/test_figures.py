@@ -91,6 +91,16 @@ def test_numbers_take_the_ramp_and_names_the_series():
     ]
 
 
+def test_lines_of_a_word_and_a_number_take_the_ramp_for_one_and_a_dash_for_the_other():
+    looks = dict(zip(keys := [(w, k) for w in ("fixed", "fresh") for k in (2, 4, 8)], styles(keys), strict=True))
+    assert [looks["fixed", k] for k in (2, 4, 8)] == [("s0", "solid"), ("s4", "solid"), ("s7", "solid")]
+    assert [looks["fresh", k] for k in (2, 4, 8)] == [("s0", "dashed"), ("s4", "dashed"), ("s7", "dashed")]
+    tied = styles([(k, tied) for k in (2, 4, 8) for tied in (True, False)])
+    assert len(set(tied)) == 6 and {dash for _, dash in tied} == {"solid", "dashed"}
+    many = styles([(f"arm {i}", k) for i in range(9) for k in (2, 4, 8)])  # more words than dashes
+    assert {colour[0] for colour, _ in many} == {"c"}
+
+
 def test_single_points_of_one_colour_differ_by_their_marker():
     looks = [(colour, MARKERS[dash], GLYPHS[dash]) for colour, dash in styles([(f"arm {i}",) for i in range(20)])]
     assert len({colour for colour, _, _ in looks}) < len(looks) == len({(colour, m) for colour, m, _ in looks})
@@ -115,7 +125,10 @@ def test_a_line_looks_the_same_in_all_figures_of_its_kind():
 def test_axes_are_told_in_words():
     assert axis("train_loss@1280/k") == "loss on the step's batch, nats per token, after 1280 K-steps"
     assert axis("heldout_loss@40") == "held-out loss, nats per token, after 40 updates"
-    assert [axis("k"), axis("snr_rest.last"), axis("snr_top")] == ["K", "snr rest, last", "snr top"]
+    assert [axis("k"), axis("batch"), axis("gradient_norm")] == ["K", "batch", "norm of the gradient"]
+    assert axis("true_effective_rank.max") == axis("true_effective_rank") + ", highest"
+    assert axis("gradient_snr.rest.last") == axis("gradient_snr") + ", rest at the last update"
+    assert axis("ablation.order.32") == axis("ablation")
 
 
 @pytest.mark.parametrize("scale", [{"x": "step", "y": "cosine"}, {"x": "step", "y": "diversity"}])

@@ -6,7 +6,7 @@ import torch
 from ctsft.errors import CTError
 from ctsft.lab import run as lab
 from ctsft.lab import sources
-from ctsft.lab.metrics import value
+from ctsft.lab.metrics import METRICS, value
 from ctsft.lab.records import Records
 from ctsft.lab.spec import Spec, replaced
 from ctsft.models.load import load_tokenizer, resolve
@@ -141,6 +141,7 @@ def test_probes_are_recorded_and_change_nothing():
         "diversity",
     ):
         assert value(probed, metric) is not None, metric
+    assert {METRICS[name].kind for name in probed.probes} == {"series"}  # whatever a probe writes has its name
     assert probed.probe_seconds.keys() >= {"every step"}
 
 

@@ -53,9 +53,6 @@ class ArmRuns:
     def mean(self, metric: str) -> float | None:
         return mean(self.values(metric))
 
-    def sd(self, metric: str) -> float | None:
-        return sd(self.values(metric))
-
 
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the numbers that are there; None if there are none."""

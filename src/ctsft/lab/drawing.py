@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import escape
 
 from ctsft.lab.experiments import Figure
-from ctsft.lab.metrics import METRICS
+from ctsft.lab.metrics import METRICS, SERIES
 from ctsft.pages.plot import LIGHT, LINE_COLOURS, plot
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ GLYPHS = dict(
     zip(DASHES, "\N{BLACK CIRCLE}\N{BLACK SQUARE}\N{BLACK UP-POINTING TRIANGLE}\N{BLACK DIAMOND}", strict=True)
 )
 INCHES = (4.3, 2.8)
-AXES = {  # what axes are called that are no metric, or a part of one; a metric is called what METRICS says
+AXES = {  # what axes are called that are no metric; a metric is called what METRICS says
     "k": "K",
     "lr": "learning rate",
     "step": "updates",
     "kept": "directions kept",
     "heldout": METRICS["heldout_loss"].words,
-    "coverage_diagonal.first": "share of the gradient's energy on the diagonal, before training",
 }
+PARTS = {"first": "at the first update", "last": "at the last update", "min": "lowest", "max": "highest"}
 
 Shapes = list[tuple[int, int]]
 # Curves that a figure may name as its `law` (several: "coverage,one"): words, y at x for the adapted shapes
@@ -79,12 +79,19 @@ def laws_of(figure: Figure) -> list[str]:
 
 
 def styles(keys: Sequence[tuple[Any, ...]]) -> list[tuple[str, str]]:
-    """A colour and a dash for each key: the ramp for numbers, the series for names."""
-    if len(keys) > 2 and all(isinstance(part, int | float) for key in keys for part in key):
-        last = len(SHADES) - 1
-        return [(SHADES[round(i * last / (len(keys) - 1))], "solid") for i in range(len(keys))]
+    """A colour and a dash for each key: the ramp for its numbers and a dash for its words, or the series for names."""
+    parted = [([p for p in key if ordered(p)], [p for p in key if not ordered(p)]) for key in keys]
+    numbers = sorted({tuple(number) for number, _ in parted})
+    words = list(dict.fromkeys(tuple(word) for _, word in parted))
+    if len(numbers) > 2 and len(words) <= len(DASHES):
+        shades = [SHADES[round(i * (len(SHADES) - 1) / (len(numbers) - 1))] for i in range(len(numbers))]
+        return [(shades[numbers.index(tuple(n))], DASHES[words.index(tuple(w))]) for n, w in parted]
     many = len(LINE_COLOURS)
     return [(LINE_COLOURS[i % many], DASHES[i // many % len(DASHES)]) for i in range(len(keys))]
+
+
+def ordered(part: Any) -> bool:
+    return isinstance(part, int | float) and not isinstance(part, bool)
 
 
 def tinted(draw: Callable[["Axes"], None], inches: tuple[float, float], name: str, label: str) -> str:
@@ -192,10 +199,12 @@ def draw_laws(ax: "Axes", figure: Figure, xs: Sequence[float], shapes: Mapping[s
 
 
 def axis(metric: str) -> str:
-    """What an axis is called: `train_loss@40` by `train_loss`, `ablation.order` by `ablation`."""
+    """What an axis is called: by METRICS, with the part (`snr_top.last`) or the time (`train_loss@40`) in words."""
     name, _, at = metric.partition("@")
-    known = METRICS.get(name) or METRICS.get(name.partition(".")[0])
-    text = AXES.get(name) or (known and known.words) or name.replace("_", " ").replace(".", ", ")
+    root, _, part = name.partition(".")
+    text = AXES.get(root) or (METRICS[root].words if root in METRICS else name.replace("_", " "))
+    if part and root in SERIES:
+        text += ", " + " ".join(PARTS.get(word, word) for word in part.split("."))
     budget = f"{at.removesuffix('/k')} {'K-steps' if at.endswith('/k') else 'updates'}"
     return f"{text}, after {budget}" if at else text
 

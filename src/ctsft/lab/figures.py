@@ -223,4 +223,6 @@ def heat(name: str, figure: Figure, here: Sequence[ArmRuns]) -> Picture:
         (f"{a:.3g} \N{EN DASH} {b:.3g}", shade, "block")
         for shade, (a, b) in zip(SHADES, itertools.pairwise(edges), strict=True)
     ]
-    return Picture(figure.title, svgs, legend, f"{axis(figure.y)}, mean over the seeds, by update.".capitalize())
+    text = axis(figure.y)
+    text = f"{text[0].upper()}{text[1:]}; mean over the seeds at every update."
+    return Picture(figure.title, svgs, legend, text)

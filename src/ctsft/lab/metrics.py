@@ -168,24 +168,24 @@ class Reference(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """What a name stands for; `words` is what an axis calls it, with the unit (none: its own name)."""
+    """What a name stands for; `words` is what an axis calls it, with the unit."""
 
     kind: Literal["number", "series", "measure", "relative"]
-    words: str = ""
+    words: str
     of: Callable[[Record], Any] | None = None  # of a record, where it is a number
     against: Reference | None = None  # where it is relative
 
 
-def number(of: Callable[[Record], Any], words: str = "") -> Metric:
+def number(of: Callable[[Record], Any], words: str) -> Metric:
     return Metric("number", words, of)
 
 
-def kept(name: str, words: str = "") -> Metric:
+def kept(name: str, words: str) -> Metric:
     """A number that the record holds under its own name."""
     return Metric("number", words, lambda record: getattr(record, name))
 
 
-def series(words: str = "") -> Metric:
+def series(words: str) -> Metric:
     """What a probe writes: one number (or object) an update."""
     return Metric("series", words)
 
@@ -195,7 +195,7 @@ def measure(words: str) -> Metric:
     return Metric("measure", words)
 
 
-def relative_to(first: str, last: str, words: str = "", **where: Any) -> Metric:
+def relative_to(first: str, last: str, words: str, **where: Any) -> Metric:
     return Metric("relative", words, against=Reference(first, last, where))
 
 
@@ -204,16 +204,19 @@ METRICS: dict[str, Metric] = {
     "trained": kept("trained", "trained numbers"),
     "counted": kept("counted", "numbers by the paper's count, K \N{N-ARY SUMMATION}(d_out + d_in)"),
     "adapter_bytes": kept("adapter_bytes", "adapter, bytes"),
-    "memory_bytes": kept("memory_bytes"),
+    "memory_bytes": kept("memory_bytes", "memory beside the bare model, bytes"),
     "tokens": kept("tokens", "tokens of training"),
     "flops": kept("flops", "floating-point operations of training"),
     "seconds": kept("seconds", "seconds of training"),
-    "matrices": number(lambda record: record.adapted.matrices),
+    "matrices": number(lambda record: record.adapted.matrices, "adapted matrices"),
     "first_loss": number(
         lambda record: record.train_loss[0] if record.train_loss else None, "loss before training, nats per token"
     ),
     "train_loss": number(lambda record: _last(record), "loss on the step's batch, nats per token"),
-    "best_loss": number(lambda record: min((x for x in record.train_loss if x is not None), default=None)),
+    "best_loss": number(
+        lambda record: min((x for x in record.train_loss if x is not None), default=None),
+        "lowest loss on the step's batch, nats per token",
+    ),
     "first_heldout": number(lambda record: record.heldout[0][1], "held-out loss before training, nats per token"),
     "heldout_loss": number(_last_heldout, "held-out loss, nats per token"),
     "loss_drop": number(_loss_drop, "loss drop on the step's batch, nats per token"),
@@ -225,8 +228,12 @@ METRICS: dict[str, Metric] = {
     "drop_per_10k_counted": number(
         lambda record: _per_10k(record, record.counted), "loss drop per 10,000 counted numbers"
     ),
-    "drop_per_10k_trained": number(lambda record: _per_10k(record, record.trained)),
-    "seconds_per_step": number(lambda record: record.seconds / record.spec.steps if record.spec.steps else None),
+    "drop_per_10k_trained": number(
+        lambda record: _per_10k(record, record.trained), "loss drop per 10,000 trained numbers"
+    ),
+    "seconds_per_step": number(
+        lambda record: record.seconds / record.spec.steps if record.spec.steps else None, "seconds per update"
+    ),
     "monotonic_share": number(_monotonic_share, "share of updates that lower the loss"),
     # "Efficiency" in paper 78 is the first.
     "fraction_of_full_sft": relative_to(
@@ -235,32 +242,40 @@ METRICS: dict[str, Metric] = {
     "fraction_of_full_sft_train": relative_to(
         "first_loss", "train_loss", "loss drop on the step's batch / full SFT's", method="full", targets="last2+head"
     ),
-    "fraction_of_headless_sft": relative_to("first_heldout", "heldout_loss", method="full", targets="last2"),
+    "fraction_of_headless_sft": relative_to(
+        "first_heldout",
+        "heldout_loss",
+        "held-out loss drop / full SFT's without the output head",
+        method="full",
+        targets="last2",
+    ),
     "fraction_of_lora_r8": relative_to(
         "first_heldout", "heldout_loss", "held-out loss drop / LoRA r8's", method="lora", k=8
     ),
-    "gradient_norm": series(),
+    "gradient_norm": series("norm of the gradient"),
     "cosine": series("cosine of consecutive gradients"),
-    "amplitude_rms": series(),
-    "amplitude_max": series(),
+    "amplitude_rms": series("root mean square of the trained numbers"),
+    "amplitude_max": series("largest of the trained numbers"),
     "coverage_diagonal": series("share of the gradient's energy on the diagonal of the K directions"),
     "coverage_two_sided": series(
         "share of the gradient's energy in the K \N{MULTIPLICATION SIGN} K block of the directions"
     ),
-    "coverage_input": series(),
+    "coverage_input": series("share of the gradient's energy on the input side of the K directions"),
     "coverage_output": series("share of the gradient's energy on the output side of the K directions"),
-    "coverage_diagonal_null": series(),
+    "coverage_diagonal_null": series("share of the gradient's energy on K directions that do not know it"),
     "true_effective_rank": series("effective rank of \N{PARTIAL DIFFERENTIAL}L/\N{PARTIAL DIFFERENTIAL}W"),
-    "true_stable_rank": series(),
-    "true_effective_rank_by_matrix": series(),
+    "true_stable_rank": series("stable rank of \N{PARTIAL DIFFERENTIAL}L/\N{PARTIAL DIFFERENTIAL}W"),
+    "true_effective_rank_by_matrix": series(
+        "effective rank of \N{PARTIAL DIFFERENTIAL}L/\N{PARTIAL DIFFERENTIAL}W, by matrix"
+    ),
     "constrained_effective_rank": series("effective rank of the gradient through K directions"),
-    "abs_mean_over_std_by_number_top": series(),
-    "abs_mean_over_std_by_number_rest": series(),
-    "snr_top": series(),
-    "snr_rest": series(),
+    "abs_mean_over_std_by_number_top": series("|mean| / standard deviation of each number's gradient, top 20"),
+    "abs_mean_over_std_by_number_rest": series("|mean| / standard deviation of each number's gradient, rest"),
+    "snr_top": series("mean\N{SUPERSCRIPT TWO} / variance of the gradient over samples, top 20"),
+    "snr_rest": series("mean\N{SUPERSCRIPT TWO} / variance of the gradient over samples, rest"),
     "abs_mean_over_std_top": series("|mean| / standard deviation of the gradient, top 20"),
     "abs_mean_over_std_rest": series("|mean| / standard deviation of the gradient, rest"),
-    "gradient_snr": series(),
+    "gradient_snr": series("mean\N{SUPERSCRIPT TWO} / variance of the gradient over samples"),
     "diversity": series("effective number of gradient directions so far"),
     "ablation": measure("loss on the fixed batch, nats per token"),
     "variance_explained": measure("share of |W|\N{SUPERSCRIPT TWO} in the span of the basis"),
