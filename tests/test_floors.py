@@ -10,7 +10,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "ctsft"
 ROOMS = {  # the lowest first; "" holds the small files that all use
     "": ["errors", "choices", "files", "progress", "compat"],
     "data": [
-        *("sql.words", "sql.schemas", "sql.phrases", "sql.questions", "sql.execution", "sql.examples"),
+        *("sql.words", "sql.schemas", "sql.phrases", "sql.questions"),
+        *("sql.query", "sql.worker", "sql.execution", "sql.examples"),
         *("read", "rows", "tokens"),
     ],
     "models": ["photonic", "reading", "gguf", "load"],
@@ -33,8 +34,8 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
 NO_TORCH = {
     *("errors", "choices", "files", "progress", "compat", "tune.recipe", "tune.report"),
     *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
-    *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.execution"),
-    *("data.sql.examples", "pages.words", "pages.plot", "pages.render"),
+    *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
+    *("data.sql.worker", "data.sql.execution", "data.sql.examples", "pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.engines", "lab.sweep"),
     *("lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),
     *("lab.drawing", "lab.figures", "lab.page"),

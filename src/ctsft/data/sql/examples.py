@@ -8,7 +8,8 @@ import contextlib
 import math
 import re
 
-from ctsft.data.sql.execution import Example, answer_of, database_of, same_answer
+from ctsft.data.sql.execution import Example, same_answer
+from ctsft.data.sql.query import answer_of, database_of
 from ctsft.data.sql.questions import KINDS
 from ctsft.data.sql.schemas import Dice, NoFit, ddl_of, make_table
 from ctsft.data.sql.words import DOMAINS, Split

@@ -2,21 +2,17 @@
 small database (Zhong, Xiong and Socher 2017, arXiv:1709.00103).
 """
 
-import contextlib
 import math
 import re
-import sqlite3
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ctsft.data.sql.query import MAX_ROWS, Answer
+from ctsft.data.sql.worker import WORKER
 from ctsft.errors import CTError
 
-Answer = tuple[Any, ...]  # one row that a query returns
-
-MAX_ROWS = 1_000
-TIME_LIMIT = 1.0  # seconds
+TIME_LIMIT = 1.0  # seconds of the processor
 
 
 @dataclass(frozen=True)
@@ -29,29 +25,6 @@ class Example:
     schema: str
     ddl: str
     kind: str
-
-
-_READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
-
-
-def database_of(ddl: str) -> sqlite3.Connection:
-    """The filled database, in memory and from now on read-only."""
-    database = sqlite3.connect(":memory:")
-    database.executescript(ddl)
-    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 100_000)
-    database.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _READING else sqlite3.SQLITE_DENY)
-    return database
-
-
-def answer_of(database: sqlite3.Connection, sql: str, time_limit: float) -> list[Answer] | None:
-    """The rows of one SELECT, or None where it fails, runs out of time, or returns more than `MAX_ROWS` rows."""
-    stop = time.monotonic() + time_limit
-    database.set_progress_handler(lambda: time.monotonic() > stop, 1000)
-    try:
-        rows = database.execute(sql).fetchmany(MAX_ROWS + 1)
-    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError):
-        return None
-    return rows if len(rows) <= MAX_ROWS else None
 
 
 def _equal(a: Answer, b: Answer) -> bool:
@@ -81,20 +54,17 @@ def execution_match(sql: str, example: Example, time_limit: float = TIME_LIMIT) 
     """Whether `sql` returns what the example's own SQL returns on the example's rows.
 
     The order of rows counts only where the example's SQL has ORDER BY, the order of columns always; numbers are equal
-    within 1e-6 of their size; column names are ignored. Only a single reading statement is run, for `time_limit`
-    seconds at most; anything else is no match.
+    within 1e-6 of their size; column names are ignored. Only a single reading statement is run, in a process of its
+    own, for `time_limit` seconds of the processor at most and within the limits of `query`; anything else is no match.
     Raises `CTError` where the example's own SQL (not limited in time) fails or returns more than `MAX_ROWS` rows."""
-    with contextlib.closing(database_of(example.ddl)) as database:
-        gold = answer_of(database, example.completion, math.inf)
-        if gold is None:
-            raise CTError(
-                f"the example's own SQL fails or returns over {MAX_ROWS} rows; correct it: {example.completion}"
-            )
-        return same_answer(answer_of(database, sql, time_limit), gold, "ORDER BY" in example.completion)
+    gold = WORKER.answer(example.ddl, example.completion, math.inf)
+    if gold is None:
+        raise CTError(f"the example's own SQL fails or returns over {MAX_ROWS} rows; correct it: {example.completion}")
+    return same_answer(WORKER.answer(example.ddl, sql, time_limit), gold, "ORDER BY" in example.completion)
 
 
 _FENCE = re.compile(r"```\w*\n(.*?)(?:```|\Z)", re.DOTALL)
-_START = re.compile(r"^\s*(?:SELECT\b|WITH\s+\w+\s+AS\b)", re.IGNORECASE | re.MULTILINE)
+_START = re.compile(r"^[^\S\n]*(?:SELECT\b|WITH\s+\w+\s+AS\b)", re.IGNORECASE | re.MULTILINE)
 _TOKEN = re.compile(r"""'[^']*'|"[^"]*"|--[^\n]*|(?P<end>;|\n[ \t]*\n)|.""", re.DOTALL)
 
 
