@@ -1,4 +1,4 @@
-"""Gradients of the amplitudes for every sample of a batch (ctsft.probe.look) over a plain forward and backward of the
+"""Gradients of the amplitudes for every sample of a batch (quantities.look) over a plain forward and backward of the
 same adapter (limit 1.3), beside a loop over the samples and torch.func's vmap of grad.
 
     python benchmarks/per_sample.py --model ~/models/smollm2-135m
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
-from ctsft.probe import look
+from ctsft.quantities.look import look
 
 ROWS = 8
 

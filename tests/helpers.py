@@ -114,3 +114,31 @@ def assert_close(a, b, tolerance):
     a, b = a.detach().double(), b.detach().double()
     difference = ((a - b).abs().max() / b.abs().max()).item()
     assert difference <= tolerance, f"relative difference {difference:.3g} > {tolerance:.3g}"
+
+
+# ---- a model as if trained for a while, and a batch for it
+
+BLOCKS = {
+    "llama": ["q_proj", "o_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "photonic": ["qkv", "proj", "up", "down"],
+}
+
+
+def whole(shape="llama", k=6, **options):
+    """A tiny model with its block matrices and its tied embedding adapted, as if trained for a while."""
+    return randomise(adapt(tiny(shape), k=k, target_modules=[*BLOCKS[shape], EMBEDDING[shape]], **options), scale=0.1)
+
+
+def rows(count=5, length=8, seed=1):
+    """One batch (count, length) in which every token counts."""
+    text = ids(count, length, seed)
+    return {"input_ids": text, "labels": text}
+
+
+def backward(model, batch):
+    """Gradients of the loss on `batch`, from zero; returns the loss."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item()

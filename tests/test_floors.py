@@ -20,6 +20,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         *("config", "forms", "fused", "layer", "store", "targets", "bases", "model", "resize", "calibrate", "export"),
         "rate",
     ],
+    "quantities": ["gradients", "look", "ablation"],
     "probe": [],
     "pages": ["words", "plot", "render"],
     "tune": ["recipe", "inspect", "report", "run"],
@@ -69,7 +70,7 @@ def imported(tree):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: write the import in full, from ctsft.name import ..."
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = whole if node.module.removeprefix("ctsft.") in ("ctsft", *ROOMS) else [node.module]
+            names = whole if ROOMS.get(node.module.removeprefix("ctsft."), node.module == "ctsft") else [node.module]
         else:
             continue
         for name in names:

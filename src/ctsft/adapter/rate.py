@@ -5,8 +5,7 @@ from statistics import median
 from torch import Tensor, nn
 
 from ctsft.adapter.forms import FORMS
-from ctsft.adapter.store import adapted
-from ctsft.errors import CTError
+from ctsft.adapter.store import layers_of
 from ctsft.spectral.weights import matrix
 
 # The shares of the forms are the best peak rates of short AdamW runs with linear decay at this K, over the model's
@@ -27,9 +26,7 @@ def learning_rate(model: nn.Module, adapter_name: str = "default") -> float:
     basis='gradient', whose directions are those in which the loss moves most: give a smaller one of your own there.
     Raises CTError where the model has no such adapter.
     """
-    layers = [m for _, m in adapted(model, adapter_name)]
-    if not layers:
-        raise CTError(f"the model has no CT-SFT adapter {adapter_name!r}, so there is nothing to give a rate for.")
+    layers = list(layers_of(model, adapter_name, ", so there is nothing to give a rate for").values())
     scale = median(rms_singular_value(m.get_base_layer(), m.base_weight()) for m in layers)
     config = layers[0].ctsft_config[adapter_name]
     return rate(config.form, config.k if isinstance(config.k, int) else max(config.k.values()), scale)

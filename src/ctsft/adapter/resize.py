@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ctsft.adapter.bases import check_k, make_bases
 from ctsft.adapter.layer import CTLayer
-from ctsft.adapter.store import adapted, base_fingerprint
+from ctsft.adapter.store import base_fingerprint, layers_of
 from ctsft.errors import CTError
 from ctsft.spectral.weights import checked
 
@@ -26,9 +26,7 @@ def resize(
     directions and zero for new ones (papers 81 and 82 reset). Raises CTError, with nothing changed, for a K that a
     matrix or a calibrated basis does not allow.
     """
-    layers = dict(adapted(model, adapter_name))
-    if not layers:
-        raise CTError(f"the model has no CT-SFT adapter {adapter_name!r} to resize.")
+    layers = layers_of(model, adapter_name, " to resize")
     if any(isinstance(m, CTLayer) and m.merged for m in model.modules()):
         raise CTError("an adapter is merged into these weights; unmerge it before K is changed.")
     bare = getattr(getattr(model, "base_model", None), "model", model)

@@ -39,6 +39,14 @@ def adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, CTLayer]
             yield name, module
 
 
+def layers_of(model: nn.Module, adapter_name: str = "default", told: str = "") -> dict[str, CTLayer]:
+    """The layers of `adapted` by clean name; CTError where there are none, its sentence ending in `told`."""
+    found = {clean_name(n): m for n, m in adapted(model, adapter_name)}
+    if not found:
+        raise CTError(f"the model has no CT-SFT adapter {adapter_name!r}{told}.")
+    return found
+
+
 def base_fingerprint(model: nn.Module, config: CTConfig, targets: dict[str, nn.Module]) -> str:
     """Fingerprint of all base weights that the basis depends on: the adapted ones, and all those of a shared basis.
 

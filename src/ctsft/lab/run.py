@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ctsft import probe
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.resize import resize
 from ctsft.files import cpu_name, versions
@@ -23,6 +22,8 @@ from ctsft.lab.records import Record, finite
 from ctsft.lab.schedule import k_at
 from ctsft.lab.sources import batches, blocks, fresh_model, heldout_windows, inputs, streams, tokens_of, windows
 from ctsft.lab.spec import PAPER_LR, TUNE_SEEDS, Spec, replaced
+from ctsft.probe import Probes
+from ctsft.quantities.ablation import ablation
 from ctsft.spectral.weights import matrix
 
 CALIBRATION_BATCHES = 4
@@ -61,7 +62,7 @@ class Run:
             prefix(tokens_of(spec), 2, "batch")  # before the clock and the FLOP counter run
         own = self.first if spec.batches == "fixed" else windows(train, spec, "probe")
         single = [inputs(windows(train, replaced(spec, **SAMPLES), "samples"))]
-        self.probes = probe.Probes(spec.probes, spec.probe_every, [inputs(own)], single)
+        self.probes = Probes(spec.probes, spec.probe_every, [inputs(own)], single)
         # A tuning run on one batch is judged by that batch, so nothing else is measured.
         self.tuning = spec.seed in TUNE_SEEDS and spec.batches == "fixed"
         self.train_loss: list[float] = []
@@ -165,7 +166,7 @@ class Run:
     def ablations(self) -> dict[str, Any]:
         """The loss with so many trained directions kept, by the order in which the others are zeroed."""
         kept = [n for n in KEPT if n <= self.spec.k]
-        return {order: probe.ablation(self.model, self.fixed_loss, kept, order, self.spec.seed) for order in ABLATIONS}
+        return {order: ablation(self.model, self.fixed_loss, kept, order, self.spec.seed) for order in ABLATIONS}
 
     def told(self) -> dict[str, Any]:
         """The record's fields, as the run stands, but for what is measured once."""

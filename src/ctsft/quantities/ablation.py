@@ -1,0 +1,54 @@
+"""Ablation: the loss of a model that keeps some of its trained directions only."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ctsft.adapter.store import layers_of
+from ctsft.errors import CTError
+from ctsft.quantities.look import undisturbed
+from ctsft.spectral.basis import generator
+
+
+def ablation(
+    model: nn.Module,
+    loss: Callable[[], float],
+    kept: Sequence[int],
+    order: str = "order",
+    seed: int = 0,
+    adapter_name: str = "default",
+) -> dict[str, float]:
+    """loss() by the number of trained directions kept in every matrix, all others set to zero (paper 85).
+
+    order: `order` keeps the first, `reverse` the last, `random` a seeded choice per matrix, nested over the counts. A
+    matrix with fewer directions keeps all. In evaluation mode; the model is left bit for bit as it was. Keys are the
+    counts as text. Raises CTError for another order, a negative count, or no adapter.
+    """
+    if order not in ("order", "reverse", "random"):
+        raise CTError(f"order={order!r} is unknown; choose one of order, reverse, random.")
+    if wrong := [n for n in kept if n < 0]:
+        raise CTError(f"kept={wrong[0]} must be a number of directions, at least 0.")
+    layers = layers_of(model, adapter_name)
+    pieces = {n: m.ctsft_coefficients[adapter_name] for n, m in layers.items()}
+    whole = {n: p.data for n, p in pieces.items()}
+
+    def ranked(name: str, k: int) -> Tensor:
+        if order == "random":
+            return torch.randperm(k, generator=generator(seed, "ablation", name))
+        return torch.arange(k) if order == "order" else torch.arange(k).flip(0)
+
+    losses = {}
+    with undisturbed(model), torch.no_grad():
+        try:
+            for count in kept:
+                for name, c in whole.items():
+                    mask = torch.zeros(c.shape[-1], dtype=torch.bool)
+                    mask[ranked(name, c.shape[-1])[:count]] = True
+                    left = layers[name].form(adapter_name).mask(mask).to(c.device)
+                    pieces[name].data = torch.where(left, c, 0.0)
+                losses[str(count)] = float(loss())
+        finally:
+            for name, c in whole.items():
+                pieces[name].data = c
+    return losses
