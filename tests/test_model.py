@@ -41,11 +41,9 @@ def test_import_alone_costs_nothing_and_a_later_import_of_peft_registers():
     assert python(code).split("\n") == ["[]", "True", "1 <class 'ctsft.adapter.config.CTConfig'>"]
 
 
-def test_a_file_of_ctsft_that_is_imported_first_registers_too():
-    code = (
-        "from ctsft.adapter.layer import CTLayer; import peft\n"
-        "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as m; print('CTSFT' in m)"
-    )
+@pytest.mark.parametrize("name", ["adapter.layer", "adapter.calibrate", "lab.run"])
+def test_a_file_of_ctsft_that_is_imported_first_registers_too(name):
+    code = f"import ctsft.{name}, peft\nfrom peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as m; print('CTSFT' in m)"
     assert python(code) == "True"
 
 

@@ -5,6 +5,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -52,12 +53,13 @@ def __getattr__(name: str) -> Any:
 
 
 def register(loaded: object) -> None:
-    """Make CTSFT known to peft; where a file of ctsft itself imports peft first, as soon as that file is complete."""
-    ours = [m for n, m in sys.modules.items() if n.startswith("ctsft.") and m is not loaded]
+    """Make CTSFT known to peft; where a file of room adapter imports peft first, as soon as that file is complete."""
+    ours = [m for n, m in sys.modules.items() if n.startswith("ctsft.adapter.") and m is not loaded]
     if not any(being_imported(m) for m in ours):
         importlib.import_module("ctsft.adapter.model")
         importlib.import_module("ctsft.models.photonic")
 
 
-for name in ("peft", "ctsft.adapter.config", "ctsft.adapter.layer", "ctsft.adapter.store", "ctsft.adapter.export"):
+ADAPTER_FILES = [f"ctsft.adapter.{path.stem}" for path in (Path(__file__).parent / "adapter").glob("[!_]*.py")]
+for name in ("peft", *ADAPTER_FILES):
     wrapt.register_post_import_hook(register, name)
