@@ -19,12 +19,14 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 default_role = "code"
+smartquotes = False
 
 html_theme = "furo"
 html_title = "ctsft"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 
 

@@ -56,7 +56,7 @@ def option_row(option: Any) -> tuple[str, str]:
     default = option.default
     if not (default is None or isinstance(default, bool) or callable(default) or default == () or "(default:" in told):
         told = f"{told} (default: {default})".strip()
-    return names, told
+    return names, f"`{cell(option.metavar)}` {told}" if option.metavar else told
 
 
 def commands_page() -> str:
@@ -68,8 +68,11 @@ def commands_page() -> str:
         parts.append(f"## {name}\n\n{command.help}\n")
         if command.epilog:
             parts.append("```bash\n" + command.epilog.removeprefix("Example: ") + "\n```\n")
-        rows = [option_row(p) for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
-        if rows:
+        shown = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
+        panels = dict.fromkeys(getattr(p, "rich_help_panel", None) or "" for p in shown)  # "": of the command itself
+        for panel in panels:
+            rows = [option_row(p) for p in shown if (getattr(p, "rich_help_panel", None) or "") == panel]
+            parts += [f"**{panel}**\n"] if panel else []
             parts.append(table(("argument or option", "what it does"), rows))
     return "\n".join(parts)
 

@@ -18,6 +18,10 @@ from typer.main import get_command
 
 import tiny
 from ctsft.cli import main as cli
+from ctsft.lab.claims import read_claims
+from ctsft.lab.experiments import PAPERS, arms, read_laboratory
+from ctsft.lab.records import Records
+from ctsft.lab.verdicts import judge
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -143,6 +147,18 @@ def test_bash_blocks_run(path, inside, capfd):
                 assert not code, f"{told}: {capfd.readouterr().err}"
             else:
                 pytest.fail(f"{path}: {told!r} is neither run nor listed in NOT_RUN")
+
+
+def test_the_experiment_and_the_claim_of_the_page_are_right(tmp_path):
+    """What the page on the laboratory shows is read as an experiment and as a claim on it."""
+    (_, experiment), (_, claim) = fences(ROOT / "docs" / "laboratory.md", "toml")
+    shutil.copy(PAPERS / "defaults.toml", tmp_path)
+    (tmp_path / "batch.toml").write_text(experiment)
+    (tmp_path / "claims.toml").write_text(claim)
+    laboratory = read_laboratory(tmp_path)
+    assert [arm.spec.batch for arm in arms(laboratory, "batch")] == [2, 4, 8]
+    (verdict,) = judge(read_claims(tmp_path / "claims.toml"), laboratory, Records(tmp_path / "none"))
+    assert verdict.verdict == "not run"
 
 
 def test_what_is_not_run_is_somewhere():
