@@ -15,7 +15,7 @@ from ctsft import CTConfig, resize, save_adapter
 from ctsft.adapter.bases import prepare
 from ctsft.spectral.basis import Basis
 from ctsft.spectral.cache import file_of, key_of, read_bases, write_bases
-from ctsft.tune.run import extra_memory
+from ctsft.tune.trainer import extra_memory
 from helpers import adapt, assert_same_bits, logits, owners, randomise, tiny
 
 WIDE = {"hidden_size": 520, "intermediate_size": 540, "num_hidden_layers": 1}

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shlex
@@ -8,13 +9,17 @@ import time
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from command import assert_one_sentence, options
+from ctsft.cli import console
 from ctsft.cli import tune as cli
 from ctsft.errors import CTError
 from ctsft.tune import run as train
+from ctsft.tune import trainer
 from ctsft.tune.recipe import FIELDS, Recipe, make_recipe
+from ctsft.tune.record import run_record
 
 # ---- options
 
@@ -109,7 +114,7 @@ def test_show_run_with_accuracy(finished, capsys):
     accuracy = {"correct": 3, "total": 12, "low": 0.09, "high": 0.53, "by_kind": {}}
     run["before"]["accuracy"], run["after"]["accuracy"] = accuracy, accuracy | {"correct": 11}
     run["samples"][0] |= {"before_ok": False, "after_ok": True, "after": "[bold]\x1b[31m", "prompt": "x" * 700}
-    cli.show_run(run, finished)
+    cli.show_run(run_record(run), finished)
     out = capsys.readouterr().out
     assert "3 of 12" in out and "11 of 12" in out and "9% to 53%" in out
     assert "wrong" in out and "right [bold]\N{REPLACEMENT CHARACTER}[31m" in out
@@ -181,14 +186,14 @@ def test_ctrl_c_at_any_time_tells_how_to_go_on(where, ctsft, files, tmp_path, mo
 
 def test_ctrl_c_while_training(ctsft, files, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        original = train.Watch.on_step_end
+        original = trainer.Watch.on_step_end
 
         def on_step_end(self, args, state, control, **rest):
             if state.global_step == 2:
                 signal.raise_signal(signal.SIGINT)
             return original(self, args, state, control, **rest)
 
-        patch.setattr(train.Watch, "on_step_end", on_step_end)
+        patch.setattr(trainer.Watch, "on_step_end", on_step_end)
         code, _, err = ctsft("tune", *options(files), "--out", tmp_path / "run")
     assert code == 130
     assert err.strip().splitlines()[-1].startswith("stopped after step 2; continue with: ctsft tune --resume")
@@ -209,7 +214,7 @@ def test_kill_9_then_resume(ctsft, files, tmp_path):
     """A real process, killed by the system in the middle of its training."""
     args = ["tune", *options(files, steps=60), "--amplitude-dropout", "0.2"]
     assert ctsft(*args, "--out", tmp_path / "unbroken")[0] == 0
-    code = "from ctsft.cli import main; from ctsft.tune import run; run.SAVE_EVERY = 0; main.main()"
+    code = "from ctsft.cli import main; from ctsft.tune import trainer; trainer.SAVE_EVERY = 0; main.main()"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *args, "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True
     )
@@ -227,3 +232,31 @@ def test_kill_9_then_resume(ctsft, files, tmp_path):
     found, wanted = (json.loads((tmp_path / n / "run.json").read_text()) for n in ("run", "unbroken"))
     assert found["after"] == wanted["after"]
     assert [e["loss"] for e in found["curve"]] == [e["loss"] for e in wanted["curve"]]
+
+
+# ---- a run that ends worse than it began
+
+
+@pytest.mark.parametrize("more", [(), ("--allow-worse",), ("--json",)])
+def test_a_worse_end_is_told_and_has_its_own_exit_code(more, ctsft, files, tmp_path):
+    code, out, err = ctsft("tune", *options(files), "--lr", "300", "--out", tmp_path / "run", *more)
+    assert code == (0 if "--allow-worse" in more else 3)
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("The training ended worse than it began: the held-out loss rose from ")
+    assert last.endswith("Try a smaller lr than 300.")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["worse"]["kept_step"] == 0 and run["after"] == run["before"]
+    assert "--json" not in more or json.loads(out) == run
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert f'<p class="lead bad">{last}</p>' in page
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_worse_end_is_told_in_red(ctsft, files, tmp_path, monkeypatch):
+    heard = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=heard, force_terminal=True, color_system="standard"))
+    assert ctsft("tune", *options(files), "--lr", "300", "--out", tmp_path / "run")[0] == 3
+    assert heard.getvalue().startswith("\x1b[31mThe training ended worse") and heard.getvalue().endswith(
+        "300.\x1b[0m\n"
+    )

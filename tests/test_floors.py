@@ -23,7 +23,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "quantities": ["gradients", "look", "ablation"],
     "probe": [],
     "pages": ["words", "plot", "render"],
-    "tune": ["recipe", "inspect", "report", "run"],
+    "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "run"],
     "lab": [
         *("schedule", "spec", "records", "rates", "experiments", "methods", "sources", "prefix", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
@@ -33,7 +33,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
-    *("errors", "choices", "files", "progress", "compat", "tune.recipe", "tune.report"),
+    *("errors", "choices", "files", "progress", "compat", "tune.recipe", "tune.record", "tune.report"),
     *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
     *("data.sql.worker", "data.sql.execution", "data.sql.examples", "pages.words", "pages.plot", "pages.render"),

@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ctsft.errors import CTError
 from ctsft.pages.plot import COLOURS
+from ctsft.tune.record import Accuracy, Point, run_record
 from ctsft.tune.report import score, thinned, window, write_report
 
 KINDS = ("self_attn.q_proj", "mlp.up_proj")
@@ -22,7 +22,7 @@ RUN = {
     "created": "2026-01-02T03:04:05+00:00",
     "recipe": {"model": "tiny", "k": 8, "learning_rate": 0.0213, "targets": ["q_proj", "up_proj"], "cut": None},
     "versions": {"torch": "2.13.0", "ctsft": "0.1.0"},
-    "machine": {"platform": "Linux-6", "cpu": "a small one", "threads": 2},
+    "machine": {"platform": "Linux-6", "cpu": "a small one", "threads": 2, "device": "cpu"},
     "model": {"name": "tiny", "parameters": 1_234_567, "dtype": "float32", "note": "random weights"},
     "data": {
         "name": "sql",
@@ -69,6 +69,7 @@ RUN = {
             "effective_rank": 30.5 + i + j / 5,
             "stable_rank": 10.25 + i,
             "energy_top_k": 0.3 + i / 100,
+            "largest": 2.5,
             "coefficient_norm": 0.123 * (i + 1),
             "delta_over_weight": 0.00111 * (i + 1 + j / 3),
         }
@@ -98,7 +99,7 @@ def run():
 @pytest.fixture
 def page(tmp_path):
     def write(run):
-        write_report(run, tmp_path / "report.html")
+        write_report(run_record(run), tmp_path / "report.html")
         return (tmp_path / "report.html").read_text(encoding="utf-8")
 
     return write
@@ -139,7 +140,7 @@ def test_every_number_is_on_the_page(run, page):
     text = Reader(page(run)).text
     for label in ("before", "after"):
         assert f"{run[label]['heldout_loss']:.3f}" in text
-        assert score(run[label]["accuracy"]) in text
+        assert score(Accuracy(**run[label]["accuracy"])) in text
         for correct, total in run[label]["accuracy"]["by_kind"].values():
             assert f"{correct} of {total}" in text
     for value in ("13,440", "1.09% of 1,234,567", "54,321 bytes", "61,234,567 bytes", "247.3 seconds", "4 min 7 s"):
@@ -290,7 +291,7 @@ def test_the_same_run_gives_the_same_page(run, page):
 
 def test_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
     path = tmp_path / "deep" / "report.html"
-    write_report(run, path)
+    write_report(run_record(run), path)
     assert os.listdir(path.parent) == ["report.html"]
     before = path.read_text()
 
@@ -300,21 +301,15 @@ def test_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     run["name"] = "another"
     with pytest.raises(OSError, match="disk full"):
-        write_report(run, path)
+        write_report(run_record(run), path)
     assert path.read_text() == before and os.listdir(path.parent) == ["report.html"]
-
-
-def test_another_format_is_refused(run, tmp_path):
-    run["format"] = 2
-    with pytest.raises(CTError, match="format 2"):
-        write_report(run, tmp_path / "report.html")
-    assert os.listdir(tmp_path) == []
 
 
 def test_needs_no_torch(run, tmp_path):
     code = (
-        "import json, sys; from ctsft.tune.report import write_report; assert 'matplotlib' not in sys.modules; "
-        "write_report(json.load(sys.stdin), 'report.html'); assert 'torch' not in sys.modules"
+        "import json, sys; from ctsft.tune.report import write_report; from ctsft.tune.record import run_record; "
+        "assert 'matplotlib' not in sys.modules; "
+        "write_report(run_record(json.load(sys.stdin)), 'report.html'); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], input=json.dumps(run), text=True, check=True, cwd=tmp_path)
     assert (tmp_path / "report.html").exists()
@@ -326,7 +321,30 @@ def test_the_smoothed_loss_is_over_an_odd_number_of_steps():
 
 @pytest.mark.parametrize("n", [0, 1, 60, 61, 1000])
 def test_a_long_curve_is_thinned_and_keeps_its_end(n):
-    curve = [{"step": i} for i in range(n)]
+    curve = [Point(step=i, loss=None, learning_rate=0, seconds=0, tokens=0) for i in range(n)]
     kept = thinned(curve)
-    assert len(kept) <= 60 and (kept[-1:] == curve[-1:]) and kept == sorted(kept, key=lambda point: point["step"])
+    assert len(kept) <= 60 and (kept[-1:] == curve[-1:]) and kept == sorted(kept, key=lambda point: point.step)
     assert n > 60 or kept == curve
+
+
+def test_a_run_that_ended_worse_says_so_in_red_with_the_loss_at_the_end(run, page):
+    run["worse"] = {"end": run["after"] | {"heldout_loss": 6.6}, "kept_step": 16}
+    html = page(run)
+    assert f'<p class="lead bad">{run_record(run).warning}</p>' in html
+    assert "held-out at the end 6.600" in html and "held-out after" not in html
+    del run["worse"]
+    assert "lead bad" not in page(run)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "words"), [(False, None), (True, "resumed after a stop"), (1, "resumed 1 time"), (3, "resumed 3 times")]
+)
+def test_resuming_is_told_in_words(run, page, resumed, words):
+    run["resumed"] = resumed
+    text = Reader(page(run)).text
+    assert "True" not in text and (f"· {words} ·" in text if words else "resumed" not in text)
+
+
+def test_what_one_must_know_of_the_model_stands_at_the_top(run, page):
+    text = Reader(page(run)).text
+    assert text.index("About the model: random weights.") < text.index("held-out loss, nats per token")

@@ -1,8 +1,6 @@
 import io
 import itertools
 import json
-import math
-import os
 import shutil
 import signal
 
@@ -19,10 +17,12 @@ from ctsft.data.tokens import format_rows
 from ctsft.errors import CTError
 from ctsft.files import read_json, versions, write_json
 from ctsft.tune import run as train
+from ctsft.tune import trainer
 from ctsft.tune.recipe import make_recipe
-from ctsft.tune.run import Stopped, collate, generate, heldout_loss, last_checkpoint, summed_loss, tune
-from helpers import SHAPES, adapt, ids, randomise
-from helpers import tiny as tiny_model
+from ctsft.tune.record import Scores, read_run
+from ctsft.tune.run import tune
+from ctsft.tune.trainer import Stopped, last_checkpoint
+from helpers import coefficients, owners, randomise, slow_loss
 
 STEPS = 6
 
@@ -45,7 +45,7 @@ def recipe(model, data):
 
 
 def quiet(recipe, out, **options):
-    return tune(recipe, out, console=Console(file=io.StringIO()), **options)
+    return tune(recipe, out, console=Console(file=io.StringIO()), **options).values()
 
 
 def numbers(out):
@@ -68,97 +68,6 @@ def assert_same_run(out, run, unbroken, expected):
 
 
 FILES = {"adapter", "recipe.json", "report.html", "run.json"}
-
-
-# ---- measuring
-
-
-def test_collate_pads_on_the_left():
-    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = collate([*rows, {"input_ids": [1, 2], "labels": [1, 2]}], pad_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8], [9, 1, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1], [0, 1, 1]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2], [0, 0, 0], [0, 0, 1]]
-    # nothing predicts the first token of a row, least of all the padding before it
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100], [-100, -100, 2]]
-
-
-def rows_of(lengths, completion=None):
-    """Random rows; labels on the last `completion` tokens, or on all."""
-    made = []
-    for i, n in enumerate(lengths):
-        tokens = ids(1, n, seed=i)[0].tolist()
-        skip = 0 if completion is None else n - completion
-        made.append({"input_ids": tokens, "labels": [-100] * skip + tokens[skip:]})
-    return made
-
-
-def slow_loss(model, rows):
-    """One row at a time, without padding, one token at a time."""
-    total, count = 0.0, 0
-    for row in rows:
-        with torch.no_grad():
-            p = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double().softmax(-1)
-        for i in range(1, len(row["input_ids"])):
-            if row["labels"][i] != -100:
-                total, count = total - math.log(p[i - 1, row["labels"][i]]), count + 1
-    return total, count
-
-
-@pytest.mark.parametrize("completion", [None, 3])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_loss_is_that_of_every_token_alone(shape, completion):
-    rows = rows_of([9, 4, 12, 5, 7], completion)
-    for model in (tiny_model(shape), randomise(adapt(tiny_model(shape)))):
-        total, count = slow_loss(model, rows)
-        with torch.no_grad():
-            loss, tokens = summed_loss(model, collate(rows, pad_id=0))
-        assert int(tokens) == count == (32 if completion is None else 15)
-        assert float(loss) == pytest.approx(total, rel=1e-5)
-        assert heldout_loss(model, rows, 0, batch_size=2) == (pytest.approx(total / count, rel=1e-5), count)
-
-
-def test_right_padding_and_all_logits_give_the_same_loss():
-    model, rows = tiny_model("llama"), rows_of([9, 4, 12], completion=2)
-    ids_, labels = torch.zeros(3, 12, dtype=torch.long), torch.full((3, 12), -100)
-    mask = torch.zeros(3, 12, dtype=torch.long)
-    for i, row in enumerate(rows):
-        n = len(row["input_ids"])
-        ids_[i, :n], labels[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), torch.tensor(row["labels"]), 1
-    with torch.no_grad():
-        mean = model(input_ids=ids_, attention_mask=mask, labels=labels).loss
-    assert heldout_loss(model, rows, 0)[0] == pytest.approx(float(mean), rel=1e-5)
-
-
-def test_loss_that_is_not_finite_is_an_error():
-    model = tiny_model("llama")
-    model.model.norm.weight.data[:] = math.nan
-    with pytest.raises(CTError, match="held-out loss is nan"):
-        heldout_loss(model, rows_of([5]), 0)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_generate_equals_one_prompt_alone_token_by_token(shape):
-    model, tokenizer = tiny_model(shape, vocab_size=258, eos_token_id=1), tiny.byte_tokenizer()
-    prompts = [tokenizer(text)["input_ids"] for text in ("abc", "a", "hello you")]
-    wanted = []
-    for prompt in prompts:
-        tokens = list(prompt)
-        while len(tokens) < len(prompt) + 6 and (len(tokens) == len(prompt) or tokens[-1] != 1):
-            with torch.no_grad():
-                tokens.append(int(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
-        wanted.append(tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True).strip())
-    assert generate(model, tokenizer, prompts, 6, batch_size=2) == wanted
-    assert len(set(wanted)) > 1
-
-
-def test_generate_where_the_context_has_no_room():
-    model, tokenizer = tiny_model("gpt2", vocab_size=258), tiny.byte_tokenizer()  # 20 positions
-    prompts = [tokenizer(letters)["input_ids"] for letters in ("a" * 18, "a" * 30, "a", "a" * 20)]
-    texts = generate(model, tokenizer, prompts, 5, batch_size=1)
-    assert texts[1] == texts[3] == ""
-    assert texts[0] == generate(model, tokenizer, prompts[:1], 2)[0]
-    assert texts[2] == generate(model, tokenizer, prompts[2:3], 5)[0]
 
 
 # ---- a whole run
@@ -297,19 +206,6 @@ def test_sql_is_scored_by_running_it(recipe, model, tmp_path):
     assert all("SELECT" in s["reference"] for s in run["samples"])
 
 
-def test_right_sql_counts(recipe, unbroken, monkeypatch):
-    corpus = load_corpus("sql", seed=0, heldout=6, limit=2)
-    answers = [e.completion for e in corpus.examples]
-    monkeypatch.setattr(
-        train, "generate", lambda *_: [answers[0], f"```sql\n{answers[1]}\n```", "SELECT 1, 2, 3, 4", ""]
-    )
-    monkeypatch.setattr(train, "heldout_loss", lambda *_: (1.0, 2))
-    found = train.measure(tiny_model(), tiny.byte_tokenizer(), corpus, [], recipe(eval_rows=4))
-    assert found["ok"] == [True, True, False, False]
-    assert (found["accuracy"]["correct"], found["accuracy"]["total"]) == (2, 4)
-    assert found["texts"][1] == answers[1]
-
-
 def test_photonic_on_plain_text(tmp_path):
     (tmp_path / "a.txt").write_text("\n\n".join("the quick brown fox " * 20 for _ in range(20)))
     few = {"k": 8, "steps": 1, "batch_size": 2, "heldout": 1, "eval_rows": 1, "samples": 1, "max_new_tokens": 2}
@@ -325,20 +221,20 @@ def test_photonic_on_plain_text(tmp_path):
 
 def at_step(monkeypatch, step, action):
     """Do `action` at the end of step `step`."""
-    original = train.Watch.on_step_end
+    original = trainer.Watch.on_step_end
 
     def on_step_end(self, args, state, control, **rest):
         if state.global_step == step:
             action()
         return original(self, args, state, control, **rest)
 
-    monkeypatch.setattr(train.Watch, "on_step_end", on_step_end)
+    monkeypatch.setattr(trainer.Watch, "on_step_end", on_step_end)
 
 
 @pytest.fixture
 def plain_report(monkeypatch):
     """The plots take longer than the training."""
-    monkeypatch.setattr(train, "write_report", lambda run, path: path.write_text(run["name"]))
+    monkeypatch.setattr(train, "write_report", lambda run, path: path.write_text(run.name))
 
 
 def die(*_, **__):
@@ -412,8 +308,8 @@ def kill_while_writing(patch, name):
 
 def kill_in_a_checkpoint(patch):
     """Between the writing of a checkpoint's files and that of its mark."""
-    original = train.inventory
-    patch.setattr(train, "inventory", lambda folder: die() if folder.name == "checkpoint-4" else original(folder))
+    original = trainer.inventory
+    patch.setattr(trainer, "inventory", lambda folder: die() if folder.name == "checkpoint-4" else original(folder))
 
 
 MOMENTS = {
@@ -435,7 +331,7 @@ MOMENTS = {
 @pytest.mark.usefixtures("plain_report")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_then_resumed(moment, unbroken, recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    monkeypatch.setattr(trainer, "SAVE_EVERY", 0)
     with monkeypatch.context() as patch:
         MOMENTS[moment](patch)
         with pytest.raises(SystemExit, match="killed"):
@@ -460,27 +356,6 @@ def test_killed_after_run_json_is_finished(unbroken, recipe, tmp_path, monkeypat
         quiet(recipe(), tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "unmarked"])
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
-def test_damaged_checkpoints_do_not_count(damage, name, tmp_path):
-    for step in (9, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / name).write_bytes(b"x" * 50)
-        train.write_text(folder / train.COMPLETE, train.inventory(folder))
-    assert last_checkpoint(tmp_path).name == "checkpoint-10"
-    if damage == "truncated":
-        os.truncate(tmp_path / "checkpoint-10" / name, 20)
-    else:
-        (tmp_path / "checkpoint-10" / (name if damage == "missing" else train.COMPLETE)).unlink()
-    assert last_checkpoint(tmp_path).name == "checkpoint-9"
-    assert not (tmp_path / "checkpoint-10").exists()
-
-
-def test_no_checkpoints(tmp_path):
-    assert last_checkpoint(tmp_path / "nowhere") is None
-
-
 def test_resume_uses_the_checkpoint(recipe, tmp_path, monkeypatch):
     """The steps before it are not trained again, and the model as it was is not measured again."""
     with monkeypatch.context() as patch:
@@ -488,14 +363,89 @@ def test_resume_uses_the_checkpoint(recipe, tmp_path, monkeypatch):
         with pytest.raises(Stopped):
             quiet(recipe(), tmp_path / "run")
     steps = []
-    original = train.Tuner.compute_loss
-    monkeypatch.setattr(train.Tuner, "compute_loss", lambda *a, **k: (steps.append(1), original(*a, **k))[1])
+    original = trainer.CTTrainer.compute_loss
+    monkeypatch.setattr(trainer.CTTrainer, "compute_loss", lambda *a, **k: (steps.append(1), original(*a, **k))[1])
     measured = []
     measure = train.measure
     monkeypatch.setattr(train, "measure", lambda *a: (measured.append(len(steps)), measure(*a))[1])
     quiet(recipe(), tmp_path / "run", resume=True)
     assert len(steps) == STEPS - 4
     assert measured == [STEPS - 4]
+
+
+# ---- a run that ends worse than it began
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """All goes well until step 18; then the trained numbers become the opposite of what was learnt."""
+    original = trainer.Watch.on_step_end
+
+    def on_step_end(self, args, state, control, **rest):
+        if state.global_step == 18:
+            for c in coefficients(rest["model"]).values():
+                c.data *= -1
+        return original(self, args, state, control, **rest)
+
+    monkeypatch.setattr(trainer.Watch, "on_step_end", on_step_end)
+
+
+TWENTY = {"form": "core", "k": 16, "steps": 20, "lr": 0.02}
+
+
+@pytest.mark.usefixtures("plain_report", "spoilt")
+def test_it_keeps_the_best_state_it_saw_and_says_so(recipe, data, tmp_path):
+    run = tune(recipe(**TWENTY), tmp_path / "run", console=Console(file=io.StringIO()))
+    assert run.worse.kept_step == 16
+    assert run.after.heldout_loss < run.before.heldout_loss < run.worse.end.heldout_loss
+    assert read_run(tmp_path / "run" / "run.json") == run
+    assert "ended worse than it began" in run.warning and "is that of step 16" in run.warning
+    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "adapter").eval()
+    held = load_corpus(data, seed=0, heldout=8).heldout
+    total, count = slow_loss(loaded, list(format_rows(held, tiny.byte_tokenizer(), "prompt_completion", 64)[0]))
+    assert run.after.heldout_loss == pytest.approx(total / count, rel=1e-5)
+    norms = {s.name: s.coefficient_norm for s in run.spectra}
+    for name, layer in owners(loaded).items():
+        assert norms[name] == pytest.approx(float(layer.ctsft_coefficients["default"].detach().norm()), rel=1e-4)
+
+
+@pytest.mark.usefixtures("plain_report", "spoilt")
+@pytest.mark.parametrize("step", [9, 17, 19])
+def test_it_is_the_same_after_a_stop(step, recipe, tmp_path, monkeypatch):
+    expected = quiet(recipe(**TWENTY), tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            quiet(recipe(**TWENTY), tmp_path / "run")
+    run = quiet(recipe(**TWENTY), tmp_path / "run", resume=True)
+    assert run["worse"] == expected["worse"]
+    assert_same_run(tmp_path / "run", run, tmp_path / "unbroken", expected)
+
+
+@pytest.mark.usefixtures("plain_report")
+def test_where_nothing_was_better_than_the_start_the_adapter_changes_nothing(recipe, tmp_path):
+    run = quiet(recipe(steps=4, lr=300.0), tmp_path / "run")
+    assert run["worse"]["kept_step"] == 0 and run["worse"]["end"]["heldout_loss"] > run["before"]["heldout_loss"] + 0.5
+    assert run["after"] == run["before"]
+    assert not numbers(tmp_path / "run")["ctsft.coefficients"].any()
+    assert [s["before"] for s in run["samples"]] == [s["after"] for s in run["samples"]]
+
+
+@pytest.mark.usefixtures("plain_report")
+def test_a_few_rows_that_mislead_do_not_make_it_worse_than_the_start(recipe, tmp_path, monkeypatch):
+    """The look at few rows favours a bad state; the whole held-out split then tells."""
+    monkeypatch.setattr(trainer, "heldout_loss", lambda model, *_: (-float(randomise(model) is model), 1))
+    run = quiet(recipe(steps=4, lr=300.0), tmp_path / "run")
+    assert run["worse"]["kept_step"] == 0 and run["after"] == run["before"]
+
+
+def test_the_smallest_rise_that_is_shown_counts():
+    def scores(loss):
+        return Scores(heldout_loss=loss, heldout_tokens=1, accuracy=None)
+
+    assert train.rose(scores(1.15), scores(1.151)) and not train.rose(scores(1.15), scores(1.1504))
+    assert not train.rose(scores(1.15), scores(1.1))
 
 
 # ---- the folder
@@ -609,7 +559,7 @@ def test_messages(model, recipe, tmp_path):
     )
     heard = io.StringIO()
     chosen = recipe(data=str(tmp_path / "[b].jsonl"), heldout=2, steps=1, eval_rows=2, max_length=100)
-    run = tune(chosen, tmp_path / "run", console=Console(file=heard, width=200))
+    run = tune(chosen, tmp_path / "run", console=Console(file=heard, width=200)).values()
     text = heard.getvalue()
     assert "10 training rows were cut to 100 tokens and 0 dropped as too long" in text
     assert (run["data"]["truncated"], run["data"]["dropped"]) == (10, 0)

@@ -3,9 +3,9 @@
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -20,7 +20,7 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {remaining} left{postfix}"
 class Lines:
     """A text file that gets what tqdm draws over and over as lines, one below the other."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self.file = file
 
     def write(self, text: str) -> None:
@@ -32,7 +32,7 @@ class Lines:
 
 
 def watched(
-    items: Iterable[Any] | None = None, text: str | None = "", total: int | None = None, file: TextIO | None = None
+    items: Iterable[Any] | None = None, text: str | None = "", total: int | None = None, file: IO[str] | None = None
 ) -> Any:
     """`items`, telling on `file` (standard error) how many of `total` are done; nothing where `text` is None.
 
@@ -43,6 +43,18 @@ def watched(
     if file.isatty():
         return tqdm(items, **settings, file=file, delay=DELAY, dynamic_ncols=True)
     return tqdm(items, **settings, file=Lines(file), delay=EVERY, mininterval=EVERY, miniters=1, bar_format=LINE)
+
+
+@contextmanager
+def counted(text: str, file: IO[str] | None = None) -> Iterator[Callable[[int, int, str], None]]:
+    """A function `show(done, total, name)` for what counts for itself; it tells as `watched` does."""
+    with watched(text=text, total=1, file=file) as shown:
+
+        def show(done: int, total: int, name: str) -> None:
+            shown.total = total
+            shown.update(done - shown.n)
+
+        yield show
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import typer
 
 from ctsft.cli.console import MODEL_HELP, err, printable, say
 from ctsft.errors import CTError
+from ctsft.progress import waiting
 
 
 def export(
@@ -75,7 +76,7 @@ def load_adapted(folder: Path, model: str | None, dtype: str) -> Any:
 
     from peft import PeftModel
 
-    with err.status("loading"):
+    with waiting(err, f"loading {model or recorded}"):
         loaded = load_model(model or recorded, dtype)
         adapted = PeftModel.from_pretrained(loaded.model, os.fspath(folder)).eval()
     return adapted, loaded.tokenizer, folder
@@ -102,12 +103,12 @@ def sample(
 
     from ctsft.data.tokens import prompt_ids
     from ctsft.models.load import load_model
-    from ctsft.tune.run import generate
+    from ctsft.tune.measure import generate
 
     if is_adapter:
         tuned, tokenizer, _ = load_adapted(folder, model, "auto")
     else:
-        with err.status(f"loading {source}"):
+        with waiting(err, f"loading {source}"):
             loaded = load_model(source)
         tuned, tokenizer = loaded.model, loaded.tokenizer
     prompts = [prompt_ids({"prompt": text, "completion": ""}, tokenizer, "prompt_completion")]

@@ -8,6 +8,7 @@ import typer
 
 from ctsft.cli.console import MODEL_HELP, err, out_console
 from ctsft.errors import CTError
+from ctsft.progress import counted, waiting
 
 
 def inspect(
@@ -37,12 +38,10 @@ def inspect(
         found = inspect_universal(model, k, "universal basis")
         print(json.dumps(found, indent=1)) if as_json else out_console.print(universal_table(found))
         return
-    with err.status(f"loading {model}"):
+    with waiting(err, f"loading {model}"):
         loaded = load_model(model)
-    with err.status("decomposing") as status:
-        result = inspect_model(
-            loaded.model, k, lambda done, total, name: status.update(f"decomposing {done} of {total}: {name}")
-        )
+    with counted("decomposing") as show:
+        result = inspect_model(loaded.model, k, show)
     if plot:
         plot_spectra(result, plot)
         err.print(f"wrote {plot}")

@@ -15,8 +15,12 @@ from rich.table import Table
 from ctsft.cli.console import err, out_console, printable, say
 from ctsft.errors import CTError
 from ctsft.files import cores
+from ctsft.pages.words import duration, size
+from ctsft.progress import waiting
 from ctsft.tune.recipe import FIELDS, Recipe, make_recipe, read_recipe
+from ctsft.tune.record import RunRecord, Sample
 
+WORSE = 3  # exit code of a run whose held-out loss rose
 NAMES = {"target_modules": "target"}  # options that are not called as their field
 METAVARS = {"k": "K|PATTERN=K,...", "lr": "RATE|auto"}
 DEFAULTS = {"threads": "OMP_NUM_THREADS, else all cores"}
@@ -100,6 +104,9 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own recipe.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    allow_worse: Annotated[
+        bool, typer.Option("--allow-worse", help="Exit with 0, and not with 3, also where the held-out loss rose.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print run.json on standard output.")] = False,
     **given: Any,
 ) -> None:
@@ -113,7 +120,7 @@ def tune(
     recipe = make_recipe({"threads": default_threads()} | values)
 
     try:
-        with err.status("starting"):
+        with waiting(err, "starting"):
             from ctsft.tune import run as train
         run = train.tune(recipe, out, resume, overwrite, err)
     except KeyboardInterrupt as stop:  # Stopped is one
@@ -124,50 +131,59 @@ def tune(
         say(f"{str(stop) or 'stopped'}; {then}", "yellow")
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps(run, indent=1))
+        print(json.dumps(run.values(), indent=1))
     else:
         show_run(run, out)
+    if run.warning:
+        say(run.warning, "red")
+        if not allow_worse:
+            raise typer.Exit(WORSE)
 
 
-def show_run(run: dict[str, Any], out: Path) -> None:
+def show_run(run: RunRecord, out: Path) -> None:
     """The result of a run for a person: scores, generations, costs, files."""
-    table = Table(title=run["name"], title_justify="left")
-    for column in ("held out", "before", "after"):
-        table.add_column(column, justify="left" if column == "held out" else "right")
-    before, after = run["before"], run["after"]
-    table.add_row("loss, nats per token", f"{before['heldout_loss']:.3f}", f"{after['heldout_loss']:.3f}")
-    if before["accuracy"]:
-        table.add_row(
-            "execution accuracy", *(f"{s['accuracy']['correct']} of {s['accuracy']['total']}" for s in (before, after))
-        )
-        table.add_row(
-            "95% interval", *(f"{s['accuracy']['low']:.0%} to {s['accuracy']['high']:.0%}" for s in (before, after))
-        )
-    if after["accuracy"] and run["samples"]:
+    if run.after.accuracy and run.samples:
         out_console.print(
             "Held-out questions, in turn the first that came out right and the first that came out wrong:"
         )
-    for sample in run["samples"]:
-        marks = {True: "[green]right[/] ", False: "[red]wrong[/] ", None: ""}
-        out_console.rule(style="dim")
-        for label, key, mark in (
-            ("prompt", "prompt", ""),
-            ("wanted", "reference", ""),
-            ("before", "before", "before_ok"),
-            ("after", "after", "after_ok"),
-        ):
-            text = sample[key] if len(sample[key]) < 600 else sample[key][:600] + " ..."
-            out_console.print(f"[bold]{label:7}[/] {marks[sample[mark]] if mark else ''}", end="")
-            out_console.print(printable(text), markup=False, highlight=False)
-    out_console.print(table)
-    from ctsft.pages.words import duration, size
-
-    c = run["costs"]
+    for sample in run.samples:
+        show_sample(sample)
+    out_console.print(score_table(run))
+    costs = run.costs
     out_console.print(
-        f"cost: {c['trainable']:,} trained numbers, adapter {size(c['adapter_bytes'])}, extra memory "
-        f"{size(c['extra_memory_bytes'])}, training {duration(c['seconds'])} (one seed: no spread)",
+        f"cost: {costs.trainable:,} trained numbers, adapter {size(costs.adapter_bytes)}, extra memory "
+        f"{size(costs.extra_memory_bytes)}, training {duration(costs.seconds)} (one seed: no spread)",
         highlight=False,
     )
     out_console.print(
         f"adapter {out / 'adapter'}   record {out / 'run.json'}   report {out / 'report.html'}", highlight=False
     )
+
+
+def show_sample(sample: Sample) -> None:
+    """A prompt, what was wanted, and what was written before and after, cut to 600 characters."""
+    out_console.rule(style="dim")
+    shown = {
+        "prompt": (sample.prompt, None),
+        "wanted": (sample.reference, None),
+        "before": (sample.before, sample.before_ok),
+        "after": (sample.after, sample.after_ok),
+    }
+    for label, (text, ok) in shown.items():
+        mark = "" if ok is None else "[green]right[/] " if ok else "[red]wrong[/] "
+        out_console.print(f"[bold]{label:7}[/] {mark}", end="")
+        out_console.print(printable(text if len(text) < 600 else text[:600] + " ..."), markup=False, highlight=False)
+
+
+def score_table(run: RunRecord) -> Table:
+    """The scores before and after, side by side."""
+    table = Table(title=run.name, title_justify="left")
+    for column in ("held out", "before", "after"):
+        table.add_column(column, justify="left" if column == "held out" else "right")
+    both = (run.before, run.after)
+    table.add_row("loss, nats per token", *(f"{side.heldout_loss:.3f}" for side in both))
+    asked = [side.accuracy for side in both if side.accuracy]
+    if len(asked) == len(both):
+        table.add_row("execution accuracy", *(f"{a.correct} of {a.total}" for a in asked))
+        table.add_row("95% interval", *(f"{a.low:.0%} to {a.high:.0%}" for a in asked))
+    return table

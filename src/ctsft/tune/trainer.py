@@ -1,0 +1,262 @@
+"""Training: TRL's trainer with our loss, checkpoints that a kill leaves whole, and the best state on the way."""
+
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from ctsft.adapter.layer import CTLayer
+from ctsft.adapter.store import adapted
+from ctsft.compat import count_tokens, plain_head
+from ctsft.errors import CTError
+from ctsft.files import replacing, write_text
+from ctsft.progress import watched
+from ctsft.tune.measure import Tokens, collate, heldout_loss, summed_loss
+from ctsft.tune.recipe import Recipe
+
+SAVE_EVERY = 20.0  # seconds between checkpoints
+COMPLETE = "complete"  # a file put into a checkpoint last of all, with its inventory
+BEST = "best.safetensors"  # beside the checkpoints: the best state so far
+CHECKS = 16  # looks at the held-out loss on the way, at most; every eighth step at most
+
+State = dict[str, Tensor]  # trained numbers by the name of their layer
+
+
+class Stopped(KeyboardInterrupt):
+    """The user stopped the run; it can be resumed. Carries the number of steps done."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+class CTTrainer(SFTTrainer):
+    """TRL's SFTTrainer with the loss computed where there is one.
+
+    TRL's own loss projects every position on the vocabulary, in float32 off CUDA, and reads `lm_head.weight` past any
+    adapter.
+    """
+
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        with plain_head(model):
+            super().__init__(model=model, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, count = summed_loss(self.accelerator.unwrap_model(model), inputs)
+        count_tokens(self, int(inputs["attention_mask"].sum()))
+        return loss / (num_items_in_batch if num_items_in_batch is not None else count)
+
+
+class Watch(TrainerCallback):
+    """Shows progress, saves every `SAVE_EVERY` seconds, and turns an interrupt into a checkpoint and a stop."""
+
+    def __init__(self, shown: Any) -> None:
+        self.shown, self.stopped = shown, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        last: dict[str, Any] = state.log_history[-1] if state.log_history else {"seconds": 0.0, "tokens": 0}
+        self.seconds, self.tokens = last["seconds"], last["tokens"]
+        self.begun = self.saved = time.monotonic()
+        self.shown.n = self.shown.last_print_n = self.shown.initial = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise CTError(f"the loss is {logs['loss']} at step {state.global_step}; start anew with a smaller lr.")
+        elapsed, tokens = time.monotonic() - self.begun, int(logs["num_tokens"])
+        state.log_history[-1] |= {"seconds": self.seconds + elapsed, "tokens": self.tokens + tokens}
+        self.shown.set_postfix_str(f"loss {logs['loss']:.3f}, {tokens / elapsed:,.0f} tokens/s", refresh=False)
+        self.shown.update(state.global_step - self.shown.n)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        # The last step is not saved: transformers would train one more when it resumes there.
+        due = self.stopped or time.monotonic() - self.saved > SAVE_EVERY
+        control.should_save = due and state.global_step < state.max_steps
+        control.should_training_stop |= self.stopped
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_text(folder / COMPLETE, inventory(folder))
+        self.saved = time.monotonic()
+
+    @contextmanager
+    def catching_signals(self) -> Iterator[None]:
+        """The first Ctrl-C (or SIGTERM) asks for a checkpoint and a stop, the second one stops at once."""
+
+        def stop(*_: Any) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+            self.shown.set_description("stopping", refresh=False)
+
+        old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+# ---- the best state
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the state with the lowest held-out loss on the way, the start included, in the file `path`.
+
+    `loss()` is over a batch of held-out rows, always the same ones: one forward pass at most every eighth step, about a
+    twentieth of the training time. Nothing is drawn at random, so training goes on to the same bits. After a kill the
+    file may be ahead of the checkpoint: the steps in between come again with the same numbers and change nothing.
+    """
+
+    def __init__(self, model: PeftModel, loss: Callable[[], float], path: Path, steps: int) -> None:
+        self.model, self.loss, self.path = model, loss, path
+        self.every = max(8, -(-steps // CHECKS))
+        self.best = read_best(path)[1] if path.exists() else math.inf
+
+    def check(self, step: int) -> None:
+        """Look at the loss after `step` steps, and keep the state if it is the best so far."""
+        loss = self.loss()
+        self.model.train()
+        if loss < self.best:
+            self.best = loss
+            with replacing(self.path) as scratch:
+                save_file(state_of(self.model), scratch, {"step": str(step), "loss": repr(loss)})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if math.isinf(self.best):
+            self.check(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.check(state.global_step)
+
+
+def read_best(path: Path) -> tuple[int, float, State]:
+    """The best state that `KeepBest` kept in `path`: its step, its loss on the few rows, and its numbers."""
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+        return int(notes["step"]), float(notes["loss"]), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+
+
+def state_of(model: PeftModel) -> State:
+    """A copy of all trained numbers of `model`."""
+    return {n: m.ctsft_coefficients["default"].detach().cpu().clone() for n, m in adapted(model, "default")}
+
+
+def restore(model: PeftModel, state: State) -> None:
+    """Put the trained numbers of `state` into `model`."""
+    for name, layer in adapted(model, "default"):
+        layer.ctsft_coefficients["default"].data.copy_(state[name])
+
+
+# ---- checkpoints and settings
+
+
+def inventory(folder: Path) -> str:
+    """The files of a checkpoint and their sizes in bytes."""
+    return "".join(f"{f.name} {f.stat().st_size}\n" for f in sorted(folder.iterdir()) if f.name != COMPLETE)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint; those that a kill left half-written, or half-deleted, are removed."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        mark = path / COMPLETE
+        if mark.exists() and mark.read_text(encoding="utf-8") == inventory(path):
+            found.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+
+
+def extra_memory(model: Any, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes that training holds beyond the frozen model: bases (shared ones once), trained numbers, their gradients and
+    optimizer state."""
+    storages: dict[int, int] = {}
+    for module in model.modules():
+        if isinstance(module, CTLayer):
+            for basis in module.ctsft_basis.values():
+                for factor in basis.tensors().values() if basis else ():
+                    storages[factor.untyped_storage().data_ptr()] = factor.untyped_storage().nbytes()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    state = [t for s in (optimizer.state.values() if optimizer else ()) for t in s.values() if isinstance(t, Tensor)]
+    return sum(storages.values()) + sum(t.numel() * t.element_size() for t in [*trained, *trained, *state])
+
+
+def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
+    return SFTConfig(
+        output_dir=os.fspath(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="linear",
+        warmup_steps=recipe.steps // 20,
+        weight_decay=0.0,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",  # Watch saves
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_num_workers=0,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+    )
+
+
+def fit(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: datasets.Dataset,
+    heldout: list[Tokens],
+    recipe: Recipe,
+    lr: float,
+    folder: Path,
+    file: Any,
+) -> CTTrainer:
+    """Train the adapter of `model` on `rows`, from the last checkpoint in `folder` if there is one. Raises Stopped.
+
+    The best state by the first of the `heldout` rows is left in `folder` (see KeepBest). `file` gets the progress.
+    """
+    few, pad = heldout[: recipe.batch_size], tokenizer.pad_token_id
+    with watched(text="training", total=recipe.steps, file=file) as shown:
+        watch = Watch(shown)
+        best = KeepBest(model, lambda: heldout_loss(model, few, pad)[0], folder / BEST, recipe.steps)
+        trainer = CTTrainer(
+            model=model,
+            args=sft_config(recipe, folder, lr),
+            train_dataset=rows.select_columns(["input_ids", "labels"]),
+            data_collator=lambda rows: collate(rows, pad),
+            processing_class=tokenizer,
+            callbacks=[watch, best],
+        )
+        trainer.remove_callback(PrinterCallback)  # Watch shows instead
+        checkpoint = last_checkpoint(folder)
+        with watch.catching_signals():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+    if watch.stopped:
+        raise Stopped(trainer.state.global_step)
+    return trainer

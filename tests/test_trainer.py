@@ -1,0 +1,95 @@
+"""Checkpoints that a kill left whole or not, and the best state on the way."""
+
+import os
+
+import pytest
+import torch
+
+from ctsft.files import write_text
+from ctsft.tune.trainer import COMPLETE, KeepBest, inventory, last_checkpoint, read_best, restore, state_of
+from helpers import adapt, randomise, tiny
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unmarked"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
+def test_damaged_checkpoints_do_not_count(damage, name, tmp_path):
+    for step in (9, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / name).write_bytes(b"x" * 50)
+        write_text(folder / COMPLETE, inventory(folder))
+    assert last_checkpoint(tmp_path).name == "checkpoint-10"
+    if damage == "truncated":
+        os.truncate(tmp_path / "checkpoint-10" / name, 20)
+    else:
+        (tmp_path / "checkpoint-10" / (name if damage == "missing" else COMPLETE)).unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-9"
+    assert not (tmp_path / "checkpoint-10").exists()
+
+
+def test_no_checkpoints(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+# ---- the best state
+
+
+class State:
+    def __init__(self, step, steps):
+        self.global_step, self.max_steps = step, steps
+
+
+def trained(path, losses, steps, first=0):
+    """A model that goes through `steps` steps; `losses` by step are what a look at it gives."""
+    model, looked = adapt(tiny()), []
+
+    def loss():
+        looked.append(step)
+        return losses[step]
+
+    keep = KeepBest(model, loss, path, steps)
+    for step in range(first, steps + 1):
+        randomise(model, seed=step, scale=float(step > 0))
+        (keep.on_train_begin if step == first else keep.on_step_end)(None, State(step, steps), None)
+    return model, looked
+
+
+def state_after(step):
+    return state_of(randomise(adapt(tiny()), seed=step, scale=float(step > 0)))
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [({0: 3.0, 8: 2.0, 16: 2.5, 24: 2.0}, 8), ({0: 1.0, 8: 2.0, 16: 2.5, 24: 1.0}, 0)]
+)
+def test_the_lowest_loss_is_kept_and_the_first_of_equal_ones(losses, best, tmp_path):
+    model, looked = trained(tmp_path / "checkpoints" / "best", losses, 32)
+    assert looked == [0, 8, 16, 24]  # the last state is measured anyway
+    step, loss, state = read_best(tmp_path / "checkpoints" / "best")
+    assert (step, loss) == (best, losses[best])
+    restore(model, state)
+    wanted = state_after(best)
+    assert all(torch.equal(c, wanted[n]) for n, c in state_of(model).items())
+
+
+def test_looks_are_few(tmp_path):
+    losses = {step: 1.0 for step in range(1001)}
+    assert trained(tmp_path / "a", losses, 7)[1] == [0]
+    looked = trained(tmp_path / "b", losses, 1000)[1]
+    assert len(looked) == 16 and looked[:3] == [0, 63, 126]
+
+
+def test_after_a_kill_the_best_state_is_that_of_an_unbroken_run(tmp_path):
+    """Killed after step 24 and resumed from step 5: the steps up to there come again."""
+    losses = {0: 3.0, 8: 2.0, 16: 2.5, 24: 1.5, 32: 1.5}
+    trained(tmp_path / "a", losses, 40)
+    trained(tmp_path / "b", losses, 25)
+    trained(tmp_path / "b", losses, 40, first=5)
+    a, b = read_best(tmp_path / "a"), read_best(tmp_path / "b")
+    assert a[:2] == b[:2] == (24, 1.5)
+    assert all(torch.equal(c, b[2][n]) for n, c in a[2].items())
+
+
+def test_a_look_leaves_the_model_training(tmp_path):
+    model = adapt(tiny()).train()
+    KeepBest(model, lambda: float(model.eval() is None), tmp_path / "best", 8).check(0)
+    assert model.training
