@@ -147,6 +147,14 @@ def test_the_verdicts_are_those_that_are_given():
     assert tuple(VERDICTS) == WORDS
 
 
+def test_what_cannot_be_asked_stands_last_and_is_not_counted(tmp_path):
+    aside = a_verdict("78-other", "It is so.", "not applicable", "it is about tinyllama-1.1b", "78")
+    page = Reader(written(tmp_path, only("89"), {}, [aside, *VERDICT_LIST]))
+    assert list(page.rows)[-1] == "78-other" and "it is about tinyllama-1.1b" in page.text
+    assert f"{len(VERDICT_LIST)} claims, judged on" in page.text and "1 not applicable" in page.text
+    assert "not applicable" not in Reader(written(tmp_path, only("89"), {}, VERDICT_LIST)).text
+
+
 def test_the_filter_is_not_shown_where_scripts_do_not_run(html):
     assert "<form hidden>" in html
 

@@ -508,7 +508,13 @@ def test_claims_set_aside_are_told_and_not_counted():
     found = judge([left, kept], lab, run(lab, losing(FALLING)), aside={"2": "experiment z was not run"})
     assert [(v.claim.id, v.verdict) for v in found] == [("2", "not applicable"), ("1", "confirmed")]
     assert (found[0].detail, found.tests) == ("experiment z was not run", 1)
-    assert "1 confirmed, 0 refuted, 0 artefact, 0 inconclusive, 0 not run, 1 not applicable: 2" in markdown(found)
+    text = markdown(found, "runs of my/model")
+    assert "1 confirmed, 0 refuted, 0 artefact, 0 inconclusive, 0 not run, 1 not applicable: 2" in text
+    assert "from runs of my/model; do not edit." in text
+    assert text.endswith(
+        "## Not applicable\n\n| | claim | why |\n|---|---|---|\n| 2 | It is so. | experiment z was not run |\n"
+    )
+    assert text.count("| 2 |") == 1
 
 
 def test_a_claim_of_one_model_is_judged_on_another():

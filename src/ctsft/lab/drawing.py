@@ -80,7 +80,7 @@ def laws_of(figure: Figure) -> list[str]:
 
 def styles(keys: Sequence[tuple[Any, ...]]) -> list[tuple[str, str]]:
     """A colour and a dash for each key: the ramp for its numbers and a dash for its words, or the series for names."""
-    parted = [([p for p in key if ordered(p)], [p for p in key if not ordered(p)]) for key in keys]
+    parted = [([p for p in key if is_number(p)], [p for p in key if not is_number(p)]) for key in keys]
     numbers = sorted({tuple(number) for number, _ in parted})
     words = list(dict.fromkeys(tuple(word) for _, word in parted))
     if len(numbers) > 2 and len(words) <= len(DASHES):
@@ -90,7 +90,7 @@ def styles(keys: Sequence[tuple[Any, ...]]) -> list[tuple[str, str]]:
     return [(LINE_COLOURS[i % many], DASHES[i // many % len(DASHES)]) for i in range(len(keys))]
 
 
-def ordered(part: Any) -> bool:
+def is_number(part: Any) -> bool:
     return isinstance(part, int | float) and not isinstance(part, bool)
 
 

@@ -21,6 +21,7 @@ REDUCE: dict[str, Callable[[list[float]], float]] = {
     "min": min,
     "max": max,
 }
+
 # ---------------------------------------------------------------------------------------------------- one record
 
 
@@ -212,7 +213,7 @@ METRICS: dict[str, Metric] = {
     "first_loss": number(
         lambda record: record.train_loss[0] if record.train_loss else None, "loss before training, nats per token"
     ),
-    "train_loss": number(lambda record: _last(record), "loss on the step's batch, nats per token"),
+    "train_loss": number(_last, "loss on the step's batch, nats per token"),
     "best_loss": number(
         lambda record: min((x for x in record.train_loss if x is not None), default=None),
         "lowest loss on the step's batch, nats per token",

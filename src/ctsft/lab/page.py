@@ -52,7 +52,8 @@ def write_lab_report(
     values = {
         "glyphs": GLYPHS,
         "colours": len(LINE_COLOURS),  # with more lines than these, colours come again with another dash and marker
-        "verdicts": verdicts,
+        "verdicts": sorted(verdicts, key=lambda verdict: verdict.verdict == LAST),
+        "judged": len(verdicts) - counts[LAST],
         "counts": [(word, meaning, counts[word]) for word, meaning in VERDICTS.items() if counts[word] or word != LAST],
         "papers": sorted({verdict.claim.source for verdict in verdicts}),
         "sections": sections,

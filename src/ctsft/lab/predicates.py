@@ -40,7 +40,7 @@ class Reading:
 
 
 class NotRun(Exception):
-    """Evidence or measurements that a claim needs do not exist; the message says which."""
+    """Runs or measurements that a claim needs do not exist; the message says which."""
 
 
 @dataclass

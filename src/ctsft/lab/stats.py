@@ -41,12 +41,12 @@ def t_test(numbers: Sequence[float], bound: float = 0.0) -> Test:
     if n < 2:
         return Test(n, mean, mean, mean, 1.0, 1.0)
     if statistics.stdev(numbers) <= 1e-12 * math.sqrt(n) * max(abs(mean), abs(bound)):  # equal up to rounding
-        decided = (0.0 if mean > bound else 1.0, 0.0 if mean < bound else 1.0) if n >= SEEDS else (1.0, 1.0)
-        return Test(n, mean, mean, mean, *decided)
-    above = stats.ttest_1samp(numbers, bound, alternative="greater")
-    interval = stats.ttest_1samp(numbers, bound).confidence_interval(0.95)
-    shown = (float(above.pvalue), float(stats.t.cdf(above.statistic, n - 1))) if n >= SEEDS else (1.0, 1.0)
-    return Test(n, mean, float(interval.low), float(interval.high), *shown)
+        low, high, above, below = mean, mean, float(mean <= bound), float(mean >= bound)
+    else:
+        found = stats.ttest_1samp(numbers, bound, alternative="greater")
+        low, high = map(float, stats.ttest_1samp(numbers, bound).confidence_interval(0.95))
+        above, below = float(found.pvalue), float(stats.t.cdf(found.statistic, n - 1))  # not 1 - p: it keeps its digits
+    return Test(n, mean, low, high, *((above, below) if n >= SEEDS else (1.0, 1.0)))
 
 
 def all_hold(ps: Sequence[float]) -> float:

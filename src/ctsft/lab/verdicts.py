@@ -198,12 +198,15 @@ def told_counts(verdicts: Sequence[Verdict]) -> str:
     return ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word] or word != "not applicable")
 
 
-def markdown(verdicts: Verdicts) -> str:
-    """VERDICTS.md: the same text for the same records, so that comparing it shows whether it is stale."""
+def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> str:
+    """VERDICTS.md: the same text for the same records, so that comparing it shows whether it is stale.
+
+    Claims that cannot be asked stand at the end, with the reason.
+    """
     lines = [
         "# Verdicts",
         "",
-        "Made by `ctsft lab verdicts` from the committed records; do not edit.",
+        f"Made by `ctsft lab verdicts` from {made_from}; do not edit.",
         "",
         f"{told_counts(verdicts)}: {len(verdicts)} claims.",
         "",
@@ -214,14 +217,18 @@ def markdown(verdicts: Verdicts) -> str:
         "The effect sizes stand in `src/ctsft/lab/papers/claims.toml` and were written before the runs were read.",
     ]
     titles = {"derived": "Arithmetic on the papers' figures", "ours": "Our own expectations"}
-    sources = list(dict.fromkeys(v.claim.source for v in verdicts))
+    judged = [v for v in verdicts if v.verdict != "not applicable"]
+    sources = list(dict.fromkeys(v.claim.source for v in judged))
     for source in sorted(sources, key=lambda s: list(titles).index(s) if s in titles else -1):
         lines += ["", f"## {titles.get(source, f'Paper {source}')}", "", "| | claim | verdict | what was measured |"]
         lines.append("|---|---|---|---|")
-        for v in verdicts:
+        for v in judged:
             if v.claim.source == source:
                 told = "<br>".join(filter(None, (v.detail, v.control, v.claim.note and f"Note: {v.claim.note}")))
                 lines.append(f"| {v.claim.id} | {_cell(v.claim.text)} | **{v.verdict}** | {_cell(told)} |")
+    if aside := [v for v in verdicts if v.verdict == "not applicable"]:
+        lines += ["", "## Not applicable", "", "| | claim | why |", "|---|---|---|"]
+        lines += [f"| {v.claim.id} | {_cell(v.claim.text)} | {_cell(v.detail)} |" for v in aside]
     return "\n".join(lines) + "\n"
 
 
