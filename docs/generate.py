@@ -69,11 +69,11 @@ def commands_page() -> str:
         if command.epilog:
             parts.append("```bash\n" + command.epilog.removeprefix("Example: ") + "\n```\n")
         shown = [p for p in command.params if p.name != "help" and not getattr(p, "hidden", False)]
-        panels = dict.fromkeys(getattr(p, "rich_help_panel", None) or "" for p in shown)  # "": of the command itself
+        panels = dict.fromkeys(["", *(getattr(p, "rich_help_panel", None) or "" for p in shown)])  # "": of all of it
         for panel in panels:
             rows = [option_row(p) for p in shown if (getattr(p, "rich_help_panel", None) or "") == panel]
             parts += [f"**{panel}**\n"] if panel else []
-            parts.append(table(("argument or option", "what it does"), rows))
+            parts += [table(("argument or option", "what it does"), rows)] if rows else []
     return "\n".join(parts)
 
 
