@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
 import ctsft
 from ctsft.errors import extra_with
@@ -113,3 +114,36 @@ main()
 def test_types_travel_with_the_package():
     assert (Path(ctsft.__file__).parent / "py.typed").exists()
     assert PROJECT["version"] == ctsft.__version__ == version("ctsft")
+
+
+# ---- the forge
+
+WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+
+
+def targets():
+    return set(re.findall(r"(?m)^([a-z]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8")))
+
+
+def test_the_workflow_calls_make_targets_that_exist():
+    steps = [step for job in WORKFLOW["jobs"].values() for step in job["steps"]]
+    called = [step["run"] for step in steps if "run" in step]
+    assert all(re.fullmatch(r"make [a-z]+", command) for command in called)
+    assert {"make test", "make docs", "make dist"} <= set(called)
+    assert {command.split()[1] for command in called} <= targets()
+    assert re.findall(r"(?m)^\s*make (\w+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8")) == ["test"]
+
+
+def test_the_workflow_runs_every_python_and_system_that_is_promised():
+    matrix = WORKFLOW["jobs"]["test"]["strategy"]["matrix"]
+    assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos"}
+    promised = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if line.count("::") == 2 and "3." in line]
+    assert matrix["python"] == promised
+    assert PROJECT["requires-python"] == f">={promised[0]}"
+
+
+def test_every_target_is_phony_and_told():
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.search(r"(?m)^\.PHONY: (.*)$", text)[1].split()) == targets()
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert targets() - {"help"} <= set(re.findall(r"make (\w+)", contributing))
