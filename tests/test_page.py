@@ -14,11 +14,11 @@ from ctsft.lab.claims import Artefact, Claim
 from ctsft.lab.compare import arm_runs
 from ctsft.lab.drawing import RAMP
 from ctsft.lab.experiments import arms
-from ctsft.lab.page import VERDICTS, places, write_lab_report
+from ctsft.lab.page import places, write_lab_report
 from ctsft.lab.predicates import Side
 from ctsft.lab.rates import choose_rate, due
 from ctsft.lab.tables import table
-from ctsft.lab.verdicts import WORDS, Verdict
+from ctsft.lab.verdicts import VERDICTS, Verdict
 from plausible import a_laboratory, a_record, only, records_of
 
 CHROMIUM = shutil.which("chromium")
@@ -143,8 +143,10 @@ def test_a_correlation_is_drawn_as_r():
     assert (at["mean"] - at["low"]) > (at["high"] - at["mean"])  # wider downwards, as an interval of r is
 
 
-def test_the_verdicts_are_those_that_are_given():
-    assert tuple(VERDICTS) == WORDS
+def test_every_verdict_says_what_it_means(page):
+    told = [meaning for name, meaning in page.attributes if name == "title"]
+    assert told == [meaning for word, meaning in VERDICTS.items() if word != "not applicable"]
+    assert {v.verdict for v in VERDICT_LIST} < set(VERDICTS)
 
 
 def test_what_cannot_be_asked_stands_last_and_is_not_counted(tmp_path):

@@ -4,39 +4,28 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ctsft.lab.compare import ArmRuns, arm_runs, chosen
 from ctsft.lab.drawing import GLYPHS, RAMP, axis
 from ctsft.lab.experiments import Laboratory, arms
 from ctsft.lab.figures import check, picture, told, varying
+from ctsft.lab.predicates import Side
 from ctsft.lab.rates import choose_rate
 from ctsft.lab.records import Record
 from ctsft.lab.tables import table
+from ctsft.lab.verdicts import NOT_APPLICABLE, VERDICTS, Verdict
 from ctsft.pages.plot import COLOURS, LINE_COLOURS
 from ctsft.pages.render import write_page
 from ctsft.pages.words import words
 
-if TYPE_CHECKING:
-    from ctsft.lab.predicates import Side
-    from ctsft.lab.verdicts import Verdict
-
-VERDICTS = {  # in the order of the page
-    "confirmed": "it holds, by the test that was written before the runs were read",
-    "refuted": "it does not hold, by the same test",
-    "artefact": "it shows in the paper's setting, and a control shows what else makes it",
-    "inconclusive": "the runs are there and do not decide it",
-    "not run": "runs that it needs are missing",
-    "not applicable": "it cannot be asked of this model",
-}
-LAST = "not applicable"  # told only where there are such claims
 SOURCES = {"derived": "arithmetic on the papers' figures", "ours": "our own expectation"}
 
 
 def write_lab_report(
     laboratory: Laboratory,
     records: Mapping[str, Record],
-    verdicts: Sequence["Verdict"],
+    verdicts: Sequence[Verdict],
     path: Path,
     profile: str = "full",
     protocol: str = "honest",
@@ -52,9 +41,13 @@ def write_lab_report(
     values = {
         "glyphs": GLYPHS,
         "colours": len(LINE_COLOURS),  # with more lines than these, colours come again with another dash and marker
-        "verdicts": sorted(verdicts, key=lambda verdict: verdict.verdict == LAST),
-        "judged": len(verdicts) - counts[LAST],
-        "counts": [(word, meaning, counts[word]) for word, meaning in VERDICTS.items() if counts[word] or word != LAST],
+        "verdicts": sorted(verdicts, key=lambda verdict: verdict.verdict == NOT_APPLICABLE),
+        "judged": len(verdicts) - counts[NOT_APPLICABLE],
+        "counts": [
+            (word, meaning, counts[word])
+            for word, meaning in VERDICTS.items()
+            if counts[word] or word != NOT_APPLICABLE
+        ],
         "papers": sorted({verdict.claim.source for verdict in verdicts}),
         "sections": sections,
         "runs": len({id(record) for s in sections for arm in s["arms"] for record in arm.records}),
@@ -104,7 +97,7 @@ def shown_p(p: float) -> str:
     return "< 0.0001" if p < 0.0001 else f"= {p:.2g}"
 
 
-def places(side: "Side", width: float = 300, margin: float = 14) -> dict[str, float] | None:
+def places(side: Side, width: float = 300, margin: float = 14) -> dict[str, float] | None:
     """Where a strip `width` wide shows the bound, the mean and its interval; None if there is no number."""
     test = side.test
     shown = {"low": test.low, "mean": test.mean, "high": test.high, "bound": side.bound}

@@ -18,13 +18,21 @@ from ctsft.lab.spec import Spec
 from ctsft.lab.stats import LEVEL, SEEDS, all_hold, holm, one_fails
 from ctsft.lab.tables import short
 
-WORDS = ("confirmed", "refuted", "artefact", "inconclusive", "not run", "not applicable")
+NOT_APPLICABLE = "not applicable"  # told only where there are such claims
+VERDICTS = {  # what each means, in the order in which they are told
+    "confirmed": "it holds, by the test that was written before the runs were read",
+    "refuted": "it does not hold, by the same test",
+    "artefact": "it shows in the paper's setting, and a control shows what else makes it",
+    "inconclusive": "the runs are there and do not decide it",
+    "not run": "runs that it needs are missing",
+    NOT_APPLICABLE: "it cannot be asked of this model",
+}
 
 
 @dataclass(frozen=True)
 class Verdict:
     claim: Claim
-    verdict: str  # one of WORDS
+    verdict: str  # one of VERDICTS
     detail: str  # what was measured, in one sentence
     p: float | None = None  # corrected; of the verdict's direction, of the likelier one if inconclusive
     seeds: int = 0
@@ -86,7 +94,7 @@ def judge(
     out, left = [], iter(single)
     for claim in claims:
         if claim.id in aside:
-            out.append(Verdict(claim, "not applicable", aside[claim.id]))
+            out.append(Verdict(claim, NOT_APPLICABLE, aside[claim.id]))
             continue
         verdict = next(left)
         out.append(_with_control(claim, verdict, next(left)) if claim.artefact else verdict)
@@ -195,7 +203,7 @@ def _changes(claim: Claim) -> str:
 def told_counts(verdicts: Sequence[Verdict]) -> str:
     """`25 confirmed, 40 refuted, ...`; "not applicable" only where there are such claims."""
     counts = Counter(v.verdict for v in verdicts)
-    return ", ".join(f"{counts[word]} {word}" for word in WORDS if counts[word] or word != "not applicable")
+    return ", ".join(f"{counts[word]} {word}" for word in VERDICTS if counts[word] or word != NOT_APPLICABLE)
 
 
 def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> str:
@@ -217,7 +225,7 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> st
         "The effect sizes stand in `src/ctsft/lab/papers/claims.toml` and were written before the runs were read.",
     ]
     titles = {"derived": "Arithmetic on the papers' figures", "ours": "Our own expectations"}
-    judged = [v for v in verdicts if v.verdict != "not applicable"]
+    judged = [v for v in verdicts if v.verdict != NOT_APPLICABLE]
     sources = list(dict.fromkeys(v.claim.source for v in judged))
     for source in sorted(sources, key=lambda s: list(titles).index(s) if s in titles else -1):
         lines += ["", f"## {titles.get(source, f'Paper {source}')}", "", "| | claim | verdict | what was measured |"]
@@ -226,7 +234,7 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> st
             if v.claim.source == source:
                 told = "<br>".join(filter(None, (v.detail, v.control, v.claim.note and f"Note: {v.claim.note}")))
                 lines.append(f"| {v.claim.id} | {_cell(v.claim.text)} | **{v.verdict}** | {_cell(told)} |")
-    if aside := [v for v in verdicts if v.verdict == "not applicable"]:
+    if aside := [v for v in verdicts if v.verdict == NOT_APPLICABLE]:
         lines += ["", "## Not applicable", "", "| | claim | why |", "|---|---|---|"]
         lines += [f"| {v.claim.id} | {_cell(v.claim.text)} | {_cell(v.detail)} |" for v in aside]
     return "\n".join(lines) + "\n"
