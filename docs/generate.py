@@ -10,6 +10,7 @@ import typer.main
 
 from ctsft.choices import CHOSEN, AdapterOptions
 from ctsft.cli.main import app
+from ctsft.cli.tune import WORSE
 
 ROOT = Path(__file__).parents[1]
 MADE = "<!-- Made by `make docs`; do not edit. -->\n\n"
@@ -19,6 +20,13 @@ FOLDERS = {  # of Python files that the map shows, beside the rooms of the packa
     "packages/ctsft-photonic/src/ctsft_photonic": "PhotonicGPT's weights, tokenizer and card, a package of their own",
     "examples": "scripts and a notebook to start from",
     "docs": "this site; `make docs`",
+}
+
+EXITS = {
+    0: "done",
+    2: "a mistake of yours, told in one sentence",
+    WORSE: "`ctsft tune` ended with a higher held-out loss than it began with, and `--allow-worse` was not given",
+    130: "stopped with Ctrl-C; what was finished is kept",
 }
 
 
@@ -61,8 +69,9 @@ def option_row(option: Any) -> tuple[str, str]:
 
 def commands_page() -> str:
     parts = [
-        MADE + "# Commands\n\nEvery command, its arguments and its options, as `--help` tells them. A mistake of yours "
-        "is one sentence and exit code 2; Ctrl-C is exit code 130, and what was finished is kept.\n"
+        MADE
+        + "# Commands\n\nEvery command, its arguments and its options, as `--help` tells them.\n\n"
+        + table(("exit code", "meaning"), [(f"`{code}`", told) for code, told in EXITS.items()])
     ]
     for name, command in commands():
         parts.append(f"## {name}\n\n{command.help}\n")
