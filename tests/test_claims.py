@@ -1,9 +1,9 @@
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.lab.claims import applicable, expanded, read_claims
+from ctsft.lab.claims import applicable, expanded, lacking, read_claims
 from ctsft.lab.experiments import PAPERS
-from synthetic import claim
+from synthetic import claim, laboratory
 
 CLAIMS = read_claims(PAPERS / "claims.toml")
 K = {"k": [2, 4, 8, 16]}
@@ -146,6 +146,24 @@ def test_the_arena_and_88_have_claims_for_any_model():
         *("87.4", "88.1", "88.2", "88.3", "88.4", "88.6", "ours.1", "ours.2", "ours.4", "ours.5", "ours.6", "ours.7"),
         "ours.10",
     }
+
+
+def test_a_claim_that_needs_an_arm_which_is_left_out_is_told():
+    lab = laboratory({"k": [2, 4]}, {"k": 8, "profiles": ["long"]}, {"k": 2, "method": "lora"})
+    sizes = {name: lab.profiles["full"] for name in ("full", "long")}
+    lab = lab.model_copy(update={"profiles": sizes})
+    both, long, control, lora = (
+        claim("less", id="both", a={"k": 4}, b={"k": 2}),
+        claim("less", id="long", a={"k": 4}, b={"k": [2, 8]}),
+        claim("less", id="control", a={"k": 4}, b={"k": 2}, artefact={"cause": "", "control": {"b": {"k": 16}}}),
+        claim("less", id="lora", where={"method": "lora"}, a={"k": 4}, b={"k": 2}),
+    )
+    assert lacking([both, long, control, lora], lab, "full") == {
+        "long": "it needs an arm that is left out here (k 8)",
+        "control": "it needs an arm that is left out here (k 16)",
+        "lora": "it needs an arm that is left out here (method lora, k 4)",
+    }
+    assert set(lacking([both, long], lab, "long")) == set()
 
 
 def test_a_claim_for_any_model_names_none_in_its_sentence():

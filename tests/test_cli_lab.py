@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ctsft.cli import lab as cli_lab
@@ -12,6 +13,8 @@ from ctsft.errors import CTError
 from ctsft.lab.compare import arm_runs
 from ctsft.lab.experiments import PAPERS
 from ctsft.lab.spec import Spec
+from ctsft.models.load import load_tokenizer
+from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -98,6 +101,48 @@ paper = [{ K = 2, "Final loss" = 9.5846 }]
     assert kept.stat().st_mtime_ns == before
     lab("report", *here, "--out", tmp_path / "lab.html")
     assert "Does it run?" in (tmp_path / "lab.html").read_text()
+
+
+def test_an_experiment_on_one_s_own_model_and_text(tmp_path, monkeypatch):
+    """Arms of other models are left out, claims that can be asked are judged, and the paper's own are told apart."""
+    folder, model = tmp_path / "experiments", tmp_path / "mine"
+    folder.mkdir()
+    (folder / "defaults.toml").write_text((PAPERS / "defaults.toml").read_text())
+    (folder / "tiny.toml").write_text(
+        'title = "One arm"\nquestion = "?"\nsource = "ours"\nbase = { steps = 1, length = 8 }\n'
+        'arms = [{ k = [2, 4, 99], rates = [0.01] }, { name = "theirs", model = "stories15m", rates = [0.01] }]\n'
+    )
+    plain = 'source = "ours"\nexperiments = ["tiny"]\npredicate = "exact"\neffect = 0.0\n'
+    (folder / "claims.toml").write_text(
+        f'[[claim]]\nid = "a"\ntext = "One step."\nmetric = "steps"\nwhere = {{ k = 4 }}\nnumber = 1\n{plain}'
+        f'[[claim]]\nid = "b"\ntext = "132."\nmetric = "trained"\nwhere = {{ k = 4 }}\nnumber = 132\n{plain}'
+        f'[[claim]]\nid = "c"\ntext = "One."\nmetric = "steps"\nwhere = {{ k = 99 }}\nnumber = 1\n{plain}'
+    )
+    torch.manual_seed(0)
+    config = PhotonicGPTConfig(n_embd=16, n_layer=2, n_head=2, eos_token_id=0, pad_token_id=0)
+    PhotonicGPTForCausalLM(config).save_pretrained(model)
+    load_tokenizer("photonic").save_pretrained(model)
+    (tmp_path / "my.txt").write_text("\n\n".join(f"line {i} has the number {i * i}" for i in range(2000)))
+    monkeypatch.chdir(tmp_path)
+    own = ("--model", "mine", "--data", "my.txt", "--experiments", folder, "--profile", "quick", "--seeds", 3)
+    said = " ".join(lab("run", "tiny", *own, "--workers", 1).split())
+    assert "left out of tiny: 1 arms (K above 16, which is all" in said
+    assert "left out of tiny: 1 arms (runs of stories15m)" in said
+    assert "1 confirmed, 0 refuted, 0 artefact, 0 inconclusive, 0 not run, 2 not applicable" in said
+    assert "1 not applicable: its number, 132, was measured on the model of its source" in said
+    assert "1 not applicable: it needs an arm that is left out here (k 99)" in said
+    (kept,) = Path("runs/lab").glob("*.jsonl")
+    found = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert kept.name == "mine-diagonal.jsonl" and len(found) == 6
+    assert {one["weights"] for one in found} == {one["spec"]["weights"] for one in found} != {""}
+    assert (
+        "1 confirmed" in lab("verdicts", *own)
+        and "| a | One step. | **confirmed**" in Path("runs/lab/VERDICTS.md").read_text()
+    )
+    lab("report", *own, "--out", "lab.html")
+    assert "not applicable" in Path("lab.html").read_text()
+    with pytest.raises(CTError, match=r"runs/lab has no runs of photonic on .*my\.txt; make them with: ctsft lab run"):
+        lab("verdicts", *own[2:])
 
 
 def test_verdicts_need_no_torch_and_stale_ones_are_told(tmp_path):

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.lab.experiments import PAPERS, arms, read_laboratory
+from ctsft.lab.experiments import PAPERS, arms, left_out, on_own, read_laboratory
+from ctsft.lab.own import Own
 from ctsft.lab.rates import due
 from ctsft.lab.schedule import counted_parameters, parse_schedule
-from ctsft.lab.spec import PAPER_LR
+from ctsft.lab.spec import PAPER_LR, Spec
 from test_schedule import PHOTONIC
 
 SETTINGS = [(profile, protocol) for profile in ("quick", "full") for protocol in ("honest", "paper")]
@@ -369,3 +370,62 @@ def test_78_has_one_reference_for_every_setting(laboratory):
         }
         assert len(same) == 1, spec
     assert {s.model for s in found} == set(WIDTH)
+
+
+# -------------------------------------------------------------------------------------- on one's own model and text
+
+OWN = Own(model="/m/mine", weights="xxh3-1", text="/t/my.txt", corpus="xxh3-2", narrowest=64, width=128)
+
+
+def test_one_s_own_model_takes_the_place_of_the_laboratory_s(laboratory):
+    mine = on_own(laboratory, OWN)
+    for name in ("arena", "88", "78"):
+        here = [a for a in arms(laboratory, name) if (a.spec.model, a.spec.text) == ("photonic", "sql")]
+        there = list(arms(mine, name))
+        assert {(a.spec.model, a.spec.text) for a in there} == {("/m/mine", "/t/my.txt")}
+        kept = [a for a in here if not OWN.refusal(a.spec, laboratory.home)]
+        assert [OWN.placed(a.spec).key for a in kept] == [a.spec.key for a in there]
+        assert [a.rates for a in kept] == [a.rates for a in there]  # by method: it has none of its own
+        assert left_out(laboratory, name) == {}
+    assert laboratory.own is None and mine.own == OWN
+
+
+@pytest.mark.parametrize(
+    ("changes", "fields", "why"),
+    [
+        ({}, {}, ""),
+        ({}, {"model": "stories15m"}, "runs of stories15m"),
+        ({}, {"text": "shakespeare"}, "runs on shakespeare"),
+        ({}, {"tied": False}, ""),
+        ({"tied": False}, {"tied": False}, "runs with a random head in place of a tied one, which this model does not"),
+        ({"tied": False}, {}, ""),
+        ({"lacks": ("ia3",)}, {"method": "ia3", "k": 0}, "ia3, which peft does not know for this kind of model"),
+        ({}, {"k": 64}, ""),
+        ({}, {"k": 65}, "K above 64, which is all that this model's narrowest matrix has"),
+        ({}, {"k": 8, "schedule": "8>65@1/2"}, "K above 64"),
+        ({}, {"k": 128, "method": "scores", "basis": "universal"}, ""),
+        ({}, {"k": 129, "method": "scores", "basis": "universal"}, "K above 128"),
+        ({}, {"k": 256, "method": "vera"}, ""),
+    ],
+)
+def test_what_cannot_be_placed_on_a_model(changes, fields, why):
+    found = OWN.model_copy(update=changes).refusal(Spec(**fields), Spec())
+    assert found.startswith(why) if why else found == ""
+
+
+def test_arms_that_are_left_out_are_counted_by_their_reasons(tmp_path):
+    text = '[[arms]]\nk = [2, 4, 100]\n[[arms]]\nmodel = ["photonic", "other"]\nk = [2, 4]\ntied = [true, false]\n'
+    laboratory = read_laboratory(write(tmp_path, text))
+    mine = on_own(laboratory, OWN.model_copy(update={"tied": False}))
+    assert [(a.spec.k, a.spec.tied) for a in arms(mine, "a")] == [(2, True), (4, True)], "an arm twice is one"
+    assert sorted(left_out(mine, "a").values()) == [1, 2, 4]
+    assert left_out(mine, "a")["runs of other"] == 4
+
+
+def test_tables_and_figures_of_the_laboratory_s_model_show_one_s_own(laboratory):
+    shown = on_own(laboratory, OWN).experiments["arena"]
+    titles = [t.title for t in laboratory.experiments["arena"].tables if t.where.get("model") == "photonic"]
+    assert titles and {f"{title} (here: mine, my.txt)" for title in titles} < {t.title for t in shown.tables}
+    assert "photonic" not in [t.where.get("model") for t in shown.tables]
+    assert any(t.where.get("model") == "stories15m" for t in shown.tables)  # none of its arms is there
+    assert "photonic" not in [f.where.get("model") for f in shown.figures]

@@ -25,7 +25,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "pages": ["words", "plot", "render"],
     "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "run"],
     "lab": [
-        *("schedule", "spec", "records", "rates", "experiments", "methods", "sources", "prefix", "run"),
+        *("schedule", "spec", "records", "rates", "own", "experiments", "methods", "sources", "prefix", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
         *("drawing", "figures", "page"),
     ],
@@ -37,9 +37,9 @@ NO_TORCH = {
     *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
     *("data.sql.worker", "data.sql.execution", "data.sql.examples", "pages.words", "pages.plot", "pages.render"),
-    *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.experiments", "lab.engines", "lab.sweep"),
-    *("lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates", "lab.verdicts"),
-    *("lab.drawing", "lab.figures", "lab.page"),
+    *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
+    *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
+    *("lab.verdicts", "lab.drawing", "lab.figures", "lab.page"),
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from ctsft.lab.records import Records
 from ctsft.lab.spec import Spec, replaced
 from ctsft.models.load import load_tokenizer, resolve
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
+from ctsft.spectral.weights import fingerprint
 
 METHODS = ("diagonal", "core", "scores", "full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms")
 
@@ -54,6 +57,41 @@ def test_a_record_tells_all_and_is_the_same_every_time():
     assert [update for update, _ in record.probes["cosine"]] == [2, 3, 4]
     assert value(record, "loss_drop") > 0
     assert numbers(lab.run(wanted)) == numbers(record)
+
+
+def test_a_fresh_process_that_imports_no_more_can_run():
+    """As a worker does: nothing else has told peft of our method there."""
+    code = "from ctsft.lab.run import run\nfrom ctsft.lab.spec import Spec\nprint(run(Spec(**%r)).trained)"
+    words = [sys.executable, "-c", code % {"model": "small", "text": "words", "k": 4, "steps": 1, "length": 12}]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == f"{17 * 4}\n"
+
+
+def test_a_record_names_the_weights_that_it_is_of(small):
+    record = lab.run(spec(steps=1))
+    assert record.weights == fingerprint(sources.base("small").model.named_parameters())
+    mine = replaced(spec(steps=1), model=str(small / "small"), weights=record.weights)
+    assert lab.run(mine).train_loss == record.train_loss
+    with pytest.raises(CTError, match="small has other weights than when its runs began"):
+        lab.run(replaced(mine, weights="xxh3-1"))
+
+
+def test_one_s_own_model_and_text(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(small)
+    text = small / "texts" / "words.txt"
+    found = sources.own("small", "texts/words.txt", Spec())
+    assert (found.model, found.text, found.tied) == (str(small / "small"), str(text), True)
+    assert (found.narrowest, found.width, found.lacks) == (16, 16, ())
+    assert found.weights == sources.weights_of(str(small / "small"))
+    assert lab.run(replaced(found.placed(spec(steps=1)))).train_loss == lab.run(spec(steps=1)).train_loss
+    alone = sources.own(None, str(text), spec())
+    assert (alone.model, alone.weights, alone.corpus) == ("small", "", found.corpus)
+    assert sources.own("small", None, spec()).text == "words"
+    (tmp_path / "more.txt").write_text(text.read_text() + "\n\nmore")
+    assert sources.own("small", str(tmp_path / "more.txt"), Spec()).corpus != found.corpus
+    with pytest.raises(CTError, match="There is no model 'nowhere'"):
+        sources.own("nowhere", None, Spec())
+    with pytest.raises(CTError, match=r"There is no data 'nowhere\.txt'"):
+        sources.own("small", "nowhere.txt", Spec())
 
 
 def test_the_first_loss_is_the_bare_model_s_own():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctsft.lab.spec import PAPER_LR, Spec
+from ctsft.lab.spec import PAPER_LR, Spec, replaced
 
 
 def test_a_key_is_golden():
@@ -40,6 +40,8 @@ CHANGES = {
     "probe_every": 5,
     "ablate": True,
     "seed": 1,
+    "weights": "xxh3-1",
+    "corpus": "xxh3-2",
 }
 
 
@@ -68,3 +70,13 @@ def test_a_default_in_words_does_not_move_the_key():
 def test_a_schedule_and_its_k_must_agree():
     with pytest.raises(ValueError, match=r"k=32 is not the first K of the schedule 8>16@1/2"):
         Spec(schedule="8>16@1/2")
+
+
+def test_a_model_and_text_of_one_s_own_count_by_name_and_content_wherever_they_lie():
+    """Two models of one folder name have keys of their own, and a folder that has moved keeps its records."""
+    mine = Spec(model="/a/mine", weights="xxh3-1", text="/a/words.txt", corpus="xxh3-2")
+    assert mine.key.startswith("mine-diagonal-k32-")
+    assert replaced(mine, model="/b/mine", text="/b/words.txt").key == mine.key
+    others = [{"weights": "xxh3-3"}, {"corpus": "xxh3-3"}, {"model": "/a/other"}, {"text": "/a/other.txt"}]
+    assert len({mine.key, *(replaced(mine, **other).key for other in others)}) == 5
+    assert Spec(model="/a/mine").key != Spec(model="/b/mine").key  # not a user's own: the name is all there is

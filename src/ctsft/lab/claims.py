@@ -10,6 +10,8 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_toml
+from ctsft.lab.compare import ArmRuns, arm_runs, chosen
+from ctsft.lab.experiments import Laboratory
 from ctsft.lab.metrics import UPDATES, check_metric, updates
 from ctsft.lab.schedule import parse_schedule
 from ctsft.lab.spec import Spec, Strict
@@ -176,6 +178,24 @@ def applicable(
             aside[claim.id] = reason
         asked.append(claim if reason else one)
     return asked, aside
+
+
+def lacking(claims: Sequence[Claim], laboratory: Laboratory, profile: str) -> dict[str, str]:
+    """The claims that read an arm which `laboratory` does not have, by id, and which arm that is."""
+    pools: dict[tuple[str, str], list[ArmRuns]] = {}
+    missing: dict[str, str] = {}
+    for claim in claims:
+        for name in claim.experiments:
+            if (name, claim.protocol) not in pools:
+                pools[name, claim.protocol] = arm_runs(laboratory, name, {}, profile, claim.protocol)
+        for one in [claim, claim.control()] if claim.artefact else [claim]:
+            for selection in (each for part in (one.a, *one.b) for each in expanded(one.where | part)):
+                named = {n: v for n, v in selection.items() if n not in ("experiment", "model", "text")}
+                every = [selection["experiment"]] if "experiment" in selection else one.experiments
+                if not any(chosen(pools[name, one.protocol], named) for name in every):
+                    told = ", ".join(f"{n} {v}" for n, v in named.items())
+                    missing.setdefault(claim.id, f"it needs an arm that is left out here ({told})")
+    return missing
 
 
 def _particular(claim: Claim, experiments: Collection[str]) -> str:

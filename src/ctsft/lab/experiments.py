@@ -4,6 +4,7 @@ An *experiment* is a TOML file: arms, the paper's own figures and the columns of
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_toml
+from ctsft.lab.own import Own
 from ctsft.lab.rates import GRID, rate
 from ctsft.lab.schedule import parse_schedule
 from ctsft.lab.spec import PAPER_LR, Arm, Method, Protocol, Spec, Strict
@@ -82,6 +84,12 @@ class Laboratory(Strict):
     rates: dict[str, PositiveFloat] = Field(description="the middle of the first grid, by method or by model.method")
     profiles: dict[str, Profile]
     experiments: dict[str, Experiment]
+    own: Own | None = Field(default=None, description="what takes the place of the model and text of `base`")
+
+    @property
+    def home(self) -> Spec:
+        """The model and text that arms have which name none."""
+        return Spec(**{name: self.base[name] for name in ("model", "text") if name in self.base})
 
     @model_validator(mode="after")
     def methods_have_rates(self) -> "Laboratory":
@@ -134,18 +142,71 @@ def _checked(path: Path, kind: type[Model], values: dict[str, Any]) -> Model:
         raise CTError(f"{path} is wrong: {wrong_fields(error)}.") from None
 
 
+def on_own(laboratory: Laboratory, own: Own) -> Laboratory:
+    """The laboratory with a user's own model and text in place of its own. Arms that cannot be placed are left out."""
+    home = laboratory.home
+
+    def placed(shown: Any) -> Any:
+        where, title = dict(shown.where), shown.title
+        for name in ("model", "text"):
+            named = where.get(name)
+            if getattr(home, name) in (named if isinstance(named, list) else [named]):
+                del where[name]
+                title = f"{shown.title} (here: {Path(own.model).name}, {Path(own.text).name})"
+        return shown.model_copy(update={"where": where, "title": title})
+
+    experiments = {
+        name: one.model_copy(
+            update={"tables": [placed(t) for t in one.tables], "figures": [placed(f) for f in one.figures]}
+        )
+        for name, one in laboratory.experiments.items()
+    }
+    return laboratory.model_copy(update={"experiments": experiments, "own": own})
+
+
+def left_out(laboratory: Laboratory, name: str, profile: str = "full", protocol: str = "honest") -> Counter[str]:
+    """Why arms of an experiment cannot be placed on the user's own model and text, and how many."""
+    home = laboratory.home
+    if not laboratory.own:
+        return Counter()
+    every = _specs(laboratory, name, profile, protocol)
+    return Counter(filter(None, (laboratory.own.refusal(spec, home) for _, spec in every)))
+
+
 def arms(laboratory: Laboratory, name: str, profile: str = "full", protocol: str = "honest") -> Iterator[Arm]:
-    """The arms of an experiment, lists of values multiplied out.
+    """The arms of an experiment, lists of values multiplied out; on the user's own model and text where there are such.
 
     `honest`: the profile's seeds and a tuned rate. `paper`: one seed, lr 5e-3, the fixed batch, constant rate.
     """
+    home, seen = laboratory.home, set[tuple[str, str]]()
+    for arm, found in _specs(laboratory, name, profile, protocol):
+        spec, size = found, laboratory.profiles[profile]
+        if laboratory.own:
+            if laboratory.own.refusal(found, home):
+                continue
+            spec = laboratory.own.placed(found)
+            if (arm.name, spec.key) in seen:
+                continue
+            seen.add((arm.name, spec.key))
+        yield Arm(
+            name=arm.name,
+            spec=spec,
+            seeds=(0,) if protocol == "paper" else tuple(range(min(arm.seeds or size.seeds, size.seeds))),
+            rates=(PAPER_LR,) if protocol == "paper" else arm.rates or _grid(laboratory, spec, size.rates),
+            tune_seeds=size.tune_seeds,
+            tune_steps=arm.tune_steps,
+        )
+
+
+def _specs(laboratory: Laboratory, name: str, profile: str, protocol: str) -> Iterator[tuple[Arms, Spec]]:
+    """The arms as they are written, each with a spec for every combination of its values."""
     if name not in laboratory.experiments:
         raise CTError(f"there is no experiment {name!r}; there are {', '.join(laboratory.experiments)}.")
     if profile not in laboratory.profiles:
         raise CTError(f"there is no profile {profile!r}; there are {', '.join(laboratory.profiles)}.")
     if protocol not in get_args(Protocol):
         raise CTError(f"there is no protocol {protocol!r}; there are {', '.join(get_args(Protocol))}.")
-    experiment, size = laboratory.experiments[name], laboratory.profiles[profile]
+    experiment = laboratory.experiments[name]
     for arm in experiment.arms:
         if profile not in (arm.profiles or (profile,)) or protocol not in arm.protocols:
             continue
@@ -158,19 +219,11 @@ def arms(laboratory: Laboratory, name: str, profile: str = "full", protocol: str
             if protocol == "paper":
                 fields |= {"batches": "fixed", "decay": "constant", "lr": PAPER_LR}
             try:
-                spec = Spec(**_computed(fields))
+                yield arm, Spec(**_computed(fields))
             except ValidationError as error:
                 raise CTError(f"experiment {name}, arm {arm.name!r}: {wrong_fields(error, whole='arm')}.") from None
             except CTError as error:
                 raise CTError(f"experiment {name}, arm {arm.name!r}: {error}") from None
-            yield Arm(
-                name=arm.name,
-                spec=spec,
-                seeds=(0,) if protocol == "paper" else tuple(range(min(arm.seeds or size.seeds, size.seeds))),
-                rates=(PAPER_LR,) if protocol == "paper" else arm.rates or _grid(laboratory, spec, size.rates),
-                tune_seeds=size.tune_seeds,
-                tune_steps=arm.tune_steps,
-            )
 
 
 def _computed(fields: dict[str, Any]) -> dict[str, Any]:

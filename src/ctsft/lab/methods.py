@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+import ctsft.adapter.model  # noqa: F401  (registers the method with peft)
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.store import adapted

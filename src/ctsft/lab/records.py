@@ -45,6 +45,7 @@ class Record(Strict, allow_inf_nan=False):
     probe_seconds: dict[str, float] = Field(default={}, description="by probe; absent in the oldest records")
     measures: dict[str, Any] = Field(description="what is measured once: ablation, variance_explained")
     diverged: bool = Field(description="a loss was not finite, and the run ended there")
+    weights: str = Field(default="", description="fingerprint of the bare model; absent in the oldest records")
     versions: dict[str, str]
     machine: dict[str, Any]
 

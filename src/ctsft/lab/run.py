@@ -15,12 +15,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.resize import resize
+from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions
 from ctsft.lab.methods import Equipped, equip
 from ctsft.lab.prefix import Replay, prefix, replay_prefix
 from ctsft.lab.records import Record, finite
 from ctsft.lab.schedule import k_at
-from ctsft.lab.sources import batches, blocks, fresh_model, heldout_windows, inputs, streams, tokens_of, windows
+from ctsft.lab.sources import (
+    batches,
+    blocks,
+    fresh_model,
+    heldout_windows,
+    inputs,
+    streams,
+    tokens_of,
+    weights_of,
+    windows,
+)
 from ctsft.lab.spec import PAPER_LR, TUNE_SEEDS, Spec, replaced
 from ctsft.probe import Probes
 from ctsft.quantities.ablation import ablation
@@ -40,6 +51,8 @@ def run(spec: Spec) -> Record:
         warnings.filterwarnings("ignore", message="the first loss")  # an untied head is what was asked for
         warnings.filterwarnings("ignore", category=FutureWarning, module="peft|transformers")
         torch.manual_seed(spec.seed)
+        if spec.weights and spec.weights != weights_of(spec.model):
+            raise CTError(f"{spec.model} has other weights than when its runs began; start them again.")
         return Run(spec).record()
 
 
@@ -186,6 +199,7 @@ class Run:
             "probes": {name: [(update, brief(found)) for update, found in s] for name, s in self.probes.series.items()},
             "probe_seconds": self.probes.seconds,
             "diverged": self.diverged,
+            "weights": weights_of(spec.model),
             "versions": versions(),
             "machine": {"processor": cpu_name(), "threads": torch.get_num_threads()},
         }

@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import ctsft.models.photonic  # noqa: F401  (registers the model)
+from ctsft.adapter.config import CTConfig
+from ctsft.adapter.targets import find_targets
 from ctsft.data.read import READABLE
 from ctsft.data.rows import BUILTIN as BUILTIN_TEXTS
 from ctsft.data.rows import load_corpus
 from ctsft.errors import CTError
+from ctsft.lab.methods import FEEDFORWARD
+from ctsft.lab.own import Own
 from ctsft.lab.spec import Spec
 from ctsft.models.load import BUILTIN as BUILTIN_MODELS
-from ctsft.models.load import Loaded, load_model
+from ctsft.models.load import HUB_ID, Loaded, load_model, resolve
 from ctsft.spectral.basis import generator
+from ctsft.spectral.weights import fingerprint, matrix
 
 HELDOUT_WINDOWS = 16  # the same for every run on a text
 
@@ -36,7 +42,7 @@ def texts_folder() -> Path:
 
 def model_source(name: str) -> str:
     """What `load_model` takes for a spec's model; CTError if it is not on this machine."""
-    if name in BUILTIN_MODELS:
+    if name in BUILTIN_MODELS or Path(name).is_absolute() or ("/" in name and HUB_ID.fullmatch(name)):
         return name
     if not (models_folder() / name / "config.json").exists():
         raise CTError(f"the model {name} is not in {models_folder()}; fetch it there, or set CTSFT_MODELS.")
@@ -45,7 +51,7 @@ def model_source(name: str) -> str:
 
 def text_source(name: str) -> str:
     """What `load_corpus` takes for a spec's text; CTError if it is not on this machine."""
-    if name in BUILTIN_TEXTS:
+    if name in BUILTIN_TEXTS or "/" in name:
         return name
     for suffix in READABLE:
         if (path := texts_folder() / f"{name}{suffix}").exists():
@@ -72,6 +78,37 @@ def absent(spec: Spec) -> str:
 def base(name: str) -> Loaded:
     """The bare model in float32. Never trained: every run takes a copy."""
     return load_model(model_source(name), "float32")
+
+
+@lru_cache(maxsize=1)
+def weights_of(name: str) -> str:
+    """The fingerprint of the bare model's weights, each tied one once."""
+    return fingerprint(base(name).model.named_parameters())
+
+
+def own(model: str | None, data: str | None, home: Spec) -> Own:
+    """What `--model` and `--data` name, in place of those of `home`. CTError where they cannot be had."""
+    name, text, corpus = home.model, home.text, ""
+    if model is not None:
+        found = resolve(model)
+        name = model if model in BUILTIN_MODELS or isinstance(found, str) else str(Path(model).expanduser().absolute())
+    if data is not None:
+        text = data
+        if (path := Path(data).expanduser()).is_file():
+            text, corpus = str(path.absolute()), f"xxh3-{xxhash.xxh3_128_hexdigest(path.read_bytes())}"
+        load_corpus(text)  # what is wrong with it is told before anything is run
+    bare = base(name).model
+    shapes = [matrix(module).shape for module in find_targets(bare, CTConfig())[0].values()]
+    return Own(
+        model=name,
+        weights="" if model is None else weights_of(name),
+        text=text,
+        corpus=corpus,
+        tied=bool(bare.all_tied_weights_keys),
+        narrowest=min(map(min, shapes)),
+        width=int(bare.get_input_embeddings().weight.shape[1]),  # type: ignore[index,arg-type]
+        lacks=() if bare.config.model_type in FEEDFORWARD else ("ia3",),
+    )
 
 
 def fresh_model(spec: Spec) -> PreTrainedModel:

@@ -54,6 +54,8 @@ class Spec(Strict):
     probe_every: Annotated[int, Field(ge=1)] = 10
     ablate: bool = Field(default=False, description="zero trained directions after training (paper 85)")
     seed: Annotated[int, Field(ge=0)] = 0
+    weights: str = Field(default="", description="fingerprint of a user's own model, see `key`")
+    corpus: str = Field(default="", description="hash of a user's own text, see `key`")
 
     @model_validator(mode="after")
     def possible(self) -> "Spec":
@@ -63,8 +65,16 @@ class Spec(Strict):
 
     @property
     def key(self) -> str:
-        """The name of this run's record: readable, and ended by a hash of every field that is not the default."""
-        text = json.dumps(self.model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+        """The name of this run's record: readable, and ended by a hash of every field that is not the default.
+
+        A model or text that is a user's own counts by its name and content, wherever it lies.
+        """
+        told = self.model_dump(mode="json", exclude_defaults=True)
+        if self.weights:
+            told["model"] = self.short
+        if self.corpus:
+            told["text"] = Path(self.text).name
+        text = json.dumps(told, sort_keys=True)
         return f"{self.short}-{self.method}-k{self.k}-{xxhash.xxh3_64_hexdigest(text.encode())}"
 
     @property
