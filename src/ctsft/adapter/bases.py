@@ -143,7 +143,7 @@ def maker(model: nn.Module, config: CTConfig, ks: Collection[int]) -> Make:
     """What makes the basis of one target, for the kind that `config` names."""
     kind, calibrated = kind_of(config.basis), config.calibrated
     if kind.maker is not None:
-        return kind.maker(model, config, ks)
+        return kind.maker(model, config, ks, FORMS[config.form].both)
     if calibrated is None:
         raise CTError(
             f"basis='{config.basis}' is made from data: call config = ctsft.calibrate(model, config, batches) before "

@@ -1,6 +1,6 @@
 """K of an adapter changed in place, also while it trains."""
 
-from dataclasses import replace
+import copy
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ def resize(
     names = {id(m): n for n, m in bare.named_modules()}
     first = next(iter(layers.values()))
     old = first.ctsft_config[adapter_name]
-    new = replace(old, k=k)
+    new = copy.copy(old)
+    new.k = k
+    new.check()
     new.calibrated = old.calibrated or {names[id(m)]: m.ready(adapter_name) for m in layers.values()}
     weights = {names[id(m)]: checked(n, m.get_base_layer()) for n, m in layers.items()}
     now = base_fingerprint(bare, new, {names[id(m)]: m for m in layers.values()})

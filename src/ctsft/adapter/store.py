@@ -170,9 +170,9 @@ def check_same_base(config: CTConfig, now: str) -> None:
         return
     if not config.stored_basis:
         raise CTError(
-            f"the adapter was trained on base weights {config.fingerprint} and these are {now}: its directions cannot "
-            "be recomputed from other (say, quantised or rounded) weights; load the original base, or use an adapter "
-            "saved with store_basis=True, or its LoRA export."
+            f"the adapter was trained on base weights {config.fingerprint} and these are {now}: without a stored basis "
+            "it belongs to the former, and to no other (say, quantised or rounded) weights; load the original base, or "
+            "use an adapter saved with store_basis=True, or its LoRA export."
         )
     warnings.warn(
         f"the adapter was trained on base weights {config.fingerprint} and these are {now}; its stored dW is applied "

@@ -45,7 +45,7 @@ class Kind:
     """One kind of basis. It has either a `maker`, or a `calibration` that must run before the adapter is added.
 
     sides: those that its makers give (see MOST). A form that needs the other side too gets it as the images under W.
-    maker: (bare model, options, every K) -> Make; what all matrices share is prepared once, in the first call.
+    maker: (bare model, options, every K, both sides needed) -> Make; what all matrices share is prepared in this call.
     stored: whether an adapter's file must hold the directions, since nothing else brings them back.
     shared: whether one set of directions, made of all matrices together, serves all of them.
     decided_by: (options, both sides needed) -> all that decides the directions beside base weights, K and the kind.
@@ -54,7 +54,7 @@ class Kind:
     """
 
     sides: Literal["pairs", "each", "input", "either"]
-    maker: Callable[[nn.Module, AdapterOptions, Collection[int]], Make] | None = None
+    maker: Callable[[nn.Module, AdapterOptions, Collection[int], bool], Make] | None = None
     calibration: Calibration | None = None
     stored: bool = False
     shared: bool = False
@@ -70,15 +70,15 @@ class Kind:
 # ---- makers
 
 
-def from_weight(model: nn.Module, options: AdapterOptions, ks: Collection[int]) -> Make:
+def from_weight(model: nn.Module, options: AdapterOptions, ks: Collection[int], both: bool) -> Make:
     return lambda name, w, k: weight_basis(w, k, options.weight_from, options.seed, name)
 
 
-def from_seed(model: nn.Module, options: AdapterOptions, ks: Collection[int]) -> Make:
+def from_seed(model: nn.Module, options: AdapterOptions, ks: Collection[int], both: bool) -> Make:
     return lambda name, w, k: random_basis((w.shape[0], w.shape[1]), k, options.seed, name)
 
 
-def from_stream(model: nn.Module, options: AdapterOptions, ks: Collection[int]) -> Make:
+def from_stream(model: nn.Module, options: AdapterOptions, ks: Collection[int], both: bool) -> Make:
     d_model = width(model)
     if max(ks) > d_model:
         raise CTError(
