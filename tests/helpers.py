@@ -4,17 +4,19 @@ import math
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ctsft import CTConfig, calibrate
 from ctsft.adapter.layer import CTLayer
+from ctsft.files import home
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 from ctsft.spectral.kinds import needs_data
-from ctsft.spectral.weights import matrix
+from ctsft.spectral.weights import matrices, matrix
 
 SHAPES = ("llama", "gpt2", "photonic")
 FORMS = ("diagonal", "core", "scores")
-BASES = ("weight", "random", "universal", "gradient", "activation")
+BASES = ("weight", "random", "universal", "gradient", "activation", "file")
 DTYPES = (torch.float32, torch.bfloat16)
 VOCABULARY = 37
 EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "photonic": "tok_emb"}
@@ -49,8 +51,30 @@ def logits(model, input_ids=None):
         return model(input_ids=ids() if input_ids is None else input_ids).logits
 
 
+def directions(base, seed=0):
+    """Seeded orthonormal `<module>.u` and `.vh` of every matrix of `base`, as many as there can be."""
+    g = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, module in matrices(base):
+        d_out, d_in = matrix(module).shape
+        k = min(d_out, d_in)
+        found[f"{name}.u"] = torch.linalg.qr(torch.randn(d_out, k, generator=g))[0].contiguous()
+        found[f"{name}.vh"] = torch.linalg.qr(torch.randn(d_in, k, generator=g))[0].T.contiguous()
+    return found
+
+
+def write_directions(base, path, seed=0):
+    """`directions` in the safetensors file `path`; returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(directions(base, seed), path)
+    return path
+
+
 def ready_config(base, **options):
     """A CTConfig, calibrated where its basis is made from data."""
+    if options.get("basis") == "file":
+        shapes = "-".join(sorted({"x".join(map(str, m.weight.shape)) for _, m in matrices(base)}))
+        options = {"basis_file": str(write_directions(base, home() / f"{type(base).__name__}-{shapes}"))} | options
     config = CTConfig(**{"k": 4, "task_type": "CAUSAL_LM"} | options)
     return calibrate(base, config, batches()) if needs_data(config.basis) else config
 

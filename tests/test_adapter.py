@@ -288,7 +288,7 @@ def tied_weights(bare):
     return bare.get_input_embeddings().weight, bare.get_output_embeddings().weight
 
 
-@pytest.mark.parametrize("basis", ("weight", "random", "universal", "gradient"))
+@pytest.mark.parametrize("basis", ("weight", "random", "universal", "gradient", "file"))
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_tied_embedding_and_head_have_one_adapter(shape, form, basis, tmp_path):

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from ctsft.errors import CTError
 
 Form = Literal["diagonal", "core", "scores"]
-BasisKind = Literal["weight", "random", "universal", "gradient", "activation"]
+BasisKind = Literal["weight", "random", "universal", "gradient", "activation", "file"]
 WeightFrom = Literal["top", "bottom", "random"]
 UniversalMode = Literal["residual", "replace"]
 BasisDtype = Literal["float32", "bfloat16"]
@@ -52,7 +52,18 @@ class AdapterOptions:
     )
     basis: BasisKind = field(
         default="weight",
-        metadata=about("Where the directions come from; `gradient` and `activation` are made from data."),
+        metadata=about(
+            "Where the directions come from; `gradient` and `activation` are made from data, `file` is read from "
+            "`basis_file`."
+        ),
+    )
+    basis_file: str | None = field(
+        default=None,
+        metadata=about(
+            "A safetensors file with orthonormal directions, `<module>.u` (d_out, K) and `<module>.vh` (K, d_in), at "
+            "least K of them; many adapters may share it. A path that is not there is looked for in the adapter's "
+            "folder."
+        ),
     )
     weight_from: WeightFrom = field(
         default="top",
@@ -100,6 +111,10 @@ class AdapterOptions:
                 raise CTError(f"the k pattern {pattern!r} is no regular expression: {error}.") from None
         if not 0 <= self.amplitude_dropout < 1:
             raise CTError(f"amplitude_dropout={self.amplitude_dropout} must be at least 0 and below 1.")
+        if self.basis == "file" and not self.basis_file:
+            raise CTError("basis='file' needs basis_file, the safetensors file that the directions are read from.")
+        if self.basis_file is not None and self.basis != "file":
+            raise CTError("basis_file is read for basis='file' only; leave it out, or choose that basis.")
         if self.weight_from != "top" and self.basis != "weight":
             raise CTError(
                 f"weight_from={self.weight_from!r} chooses among W's own directions; it needs basis='weight'."

@@ -1,8 +1,10 @@
 """CTConfig: everything a user chooses about an adapter, checked when it is made."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -40,6 +42,9 @@ class CTConfig(AdapterOptions, PeftConfig):
     fingerprint: str | None = field(
         default=None, metadata={"help": "Set when saved: the base weights that the basis was made from."}
     )
+    basis_checksum: str | None = field(
+        default=None, metadata={"help": "Set by ctsft: what lay in basis_file when the adapter was made."}
+    )
     stored_basis: bool = field(default=False, metadata={"help": "Set when saved: the basis lies in the file."})
 
     def __post_init__(self) -> None:
@@ -47,6 +52,9 @@ class CTConfig(AdapterOptions, PeftConfig):
         self.peft_type = CTSFT
         self.calibrated: dict[str, Basis] | None = None
         self.saved_as: dict[str, Any] = {}
+        self.folder = Path()  # that the adapter was read from
+        if self.basis_file is not None:
+            self.basis_file = os.fspath(self.basis_file)
         if isinstance(self.k, list):
             self.k = dict(self.k)
         if self.format_version != FORMAT_VERSION:
@@ -60,6 +68,13 @@ class CTConfig(AdapterOptions, PeftConfig):
         self.check()
         if self.layers_pattern and self.layers_to_transform is None:
             raise CTError("layers_pattern needs layers_to_transform.")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As peft's; a basis_file beside the adapter is then found."""
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.folder = Path(pretrained_model_name_or_path, subfolder or "")
+        return config
 
     @property
     def from_disk(self) -> bool:
@@ -76,6 +91,7 @@ class CTConfig(AdapterOptions, PeftConfig):
         raise CTError(f"no pattern of k ({', '.join(self.k)}) fits {name}; add one, or '.*' as the last.")
 
     def to_dict(self) -> dict[str, Any]:
-        """As peft's, with k in order and what the last save found (fingerprint, stored_basis)."""
+        """As peft's, with k in order, what the last save found, and a basis_file's fields only where there is one."""
         pairs = {"k": list(self.k.items())} if isinstance(self.k, Mapping) else {}  # JSON would sort a mapping's keys
-        return super().to_dict() | pairs | self.saved_as
+        found = super().to_dict() | pairs | self.saved_as
+        return {n: v for n, v in found.items() if v is not None or not n.startswith("basis_")}

@@ -3,11 +3,14 @@
 A new kind is one entry of KINDS, its name in `choices.BasisKind`, and tests. Nobody else asks which kind a basis is.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ctsft.choices import AdapterOptions
@@ -15,9 +18,19 @@ from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis, gradient_basis, input_basis, random_basis, two_sides, weight_basis
 from ctsft.spectral.collect import input_grams, mean_gradients
 from ctsft.spectral.decompose import iterated, principal_directions, seconds
-from ctsft.spectral.weights import fingerprint, matrix, takes_part_transposed, universal_gram, universal_members, width
+from ctsft.spectral.weights import (
+    clean_name,
+    fingerprint,
+    matrix,
+    takes_part_transposed,
+    universal_gram,
+    universal_members,
+    width,
+)
 
 Make = Callable[[str, Tensor, int], Basis]  # (module name, W (d_out, d_in), K) -> its directions
+
+ORTHONORMAL = 0.01  # how far products of a file's directions may be off: bfloat16 rounds them by less
 
 # The most directions of a matrix (d_out, d_in) by the sides that a kind has, for a form that needs one side only. Where
 # both are needed, it is the smaller of d_out and d_in.
@@ -107,6 +120,80 @@ def universal_directions(model: nn.Module, d_model: int) -> Tensor:
     return LAST_UNIVERSAL[key]
 
 
+# ---- directions that lie in a user's file; `config` is a CTConfig, which belongs to a room above
+
+
+@contextmanager
+def basis_file(config: Any) -> Iterator[Any]:
+    """The basis_file of `config`, open: looked up as given, then in the folder that the adapter was read from."""
+    places = [Path(config.basis_file).expanduser(), config.folder / config.basis_file]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        told = " nor ".join(dict.fromkeys(map(str, places)))
+        raise CTError(f"there is no basis_file {told}; give the safetensors file that the directions lie in.")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise CTError(f"basis_file {path} cannot be read as safetensors ({error}).") from None
+
+
+def content(config: Any) -> str:
+    """The checksum of all that lies in the basis_file of `config`: names, shapes and values."""
+    with basis_file(config) as file:
+        return fingerprint((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  (it is no mapping)
+
+
+def checksum_of(config: Any) -> str:
+    """The checksum that `config` holds its basis_file to: of the file as first read, kept with the adapter on disk."""
+    config.basis_checksum = config.basis_checksum or content(config)
+    return str(config.basis_checksum)
+
+
+def from_file(model: nn.Module, config: Any, ks: Collection[int], both: bool) -> Make:
+    if (found := content(config)) != checksum_of(config):
+        raise CTError(
+            f"basis_file {config.basis_file} holds {found} and the adapter was made with {config.basis_checksum}: its "
+            "directions are others; give the file that it was made with."
+        )
+
+    def read(name: str, w: Tensor, k: int) -> Basis:
+        shapes = {"u": (w.shape[0], k), "vh": (k, w.shape[1])}
+        with basis_file(config) as file:
+            factors = {s: directions(file, f"{clean_name(name)}.{s}", shapes[s]) for s in shapes if both or s == "vh"}
+        return Basis(factors.get("u"), factors["vh"])
+
+    return read
+
+
+def directions(file: Any, key: str, shape: tuple[int, int]) -> Tensor:
+    """The first of the tensor `key`, up to `shape`, (d_out, K) for u and (K, d_in) for vh, float32.
+
+    Raises CTError unless it is there, of these sizes, and holds orthonormal directions.
+    """
+    if key not in file.keys():  # noqa: SIM118
+        raise CTError(f"basis_file has no {key}; adapt only modules that it has directions for, by target_modules.")
+    there, along = tuple(file.get_slice(key).get_shape()), 1 if key.endswith(".u") else 0
+    if len(there) != 2 or there[1 - along] != shape[1 - along] or there[along] < shape[along]:
+        raise CTError(
+            f"{key} in basis_file is {there}; this model and k={shape[along]} need {shape}, or more directions."
+        )
+    found: Tensor = file.get_slice(key)[: shape[0], : shape[1]]
+    if not found.is_floating_point() or not torch.isfinite(found).all():
+        raise CTError(
+            f"{key} in basis_file has NaN, infinite or whole numbers ({found.dtype}); it holds no directions."
+        )
+    rows = found.double() if along == 0 else found.double().T
+    away = float((rows @ rows.T - torch.eye(len(rows), dtype=torch.float64)).abs().max())
+    if away > ORTHONORMAL:
+        raise CTError(
+            f"{key} in basis_file is not orthonormal: products of its directions are up to {away:.2g} off 0 and 1, and "
+            f"at most {ORTHONORMAL} is taken; orthonormalise them (torch.linalg.qr)."
+        )
+    # a copy, for what is read is a view of the file, which its owner may write anew
+    return found.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
 # ---- the table
 
 
@@ -129,6 +216,9 @@ KINDS = {
     ),
     "gradient": Kind(sides="pairs", calibration=Calibration(mean_gradients, gradient_basis), stored=True),
     "activation": Kind(sides="input", calibration=Calibration(input_grams, input_basis), stored=True),
+    "file": Kind(  # the first K of a file are the same numbers whatever K, so that more may be shared as views
+        sides="each", maker=from_file, decided_by=lambda o, both: (checksum_of(o),), nested=lambda *_: True
+    ),
 }
 
 
