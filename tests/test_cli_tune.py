@@ -16,6 +16,7 @@ from command import assert_one_sentence, options
 from ctsft.cli import console
 from ctsft.cli import tune as cli
 from ctsft.errors import CTError
+from ctsft.files import read_json
 from ctsft.tune import run as train
 from ctsft.tune import trainer
 from ctsft.tune.recipe import FIELDS, Recipe, make_recipe
@@ -55,6 +56,17 @@ def test_options_of_every_type_arrive_in_the_recipe(ctsft, monkeypatch, tmp_path
     wanted = {"k": {"q_proj": 3, ".*": 2}, "lr": 0.5, "target_modules": ["q_proj", "v_proj"], "store_basis": True}
     more = {"samples": 0, "heldout": 20, "basis_dtype": "float32", "prompt_column": "question"}
     assert heard == [make_recipe(wanted | more), make_recipe({})]
+
+
+def test_columns_of_other_names_are_named_and_the_message_says_how(ctsft, files, tmp_path):
+    data = tmp_path / "data.csv"
+    data.write_text("input,target\n" + "".join(f"{i} and {i}?,{2 * i}\n" for i in range(20)))
+    given = options((files[0], data), steps=1)
+    told = ctsft("tune", *given, "--out", tmp_path / "run")
+    assert_one_sentence(told, "has the fields input, target", "--prompt-column and --completion-column")
+    named = ("--prompt-column", "input", "--completion-column", "target")
+    assert ctsft("tune", *given, *named, "--samples", 1, "--allow-worse", "--out", tmp_path / "run")[0] == 0
+    assert read_json(tmp_path / "run" / "run.json")["samples"][0]["prompt"].rstrip().endswith("?")
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,11 @@ def test_naming_the_columns_of_a_layout_changes_nothing(tmp_path, known):
     assert plain.train[:] == named.train[:] and plain.heldout[:] == named.heldout[:]
 
 
+def test_one_column_named_alone_leaves_the_other_as_it_is_called(tmp_path):
+    spec = write(tmp_path / "data.jsonl", [{"input": str(i), "completion": "b"} for i in range(3)])
+    assert load_corpus(spec, prompt_column="input", heldout=1).heldout[0]["completion"] == "b"
+
+
 def test_named_columns_may_hold_messages(tmp_path):
     spec = write(tmp_path / "data.jsonl", [{"a": [SYSTEM, USER], "b": [ASSISTANT]}, {"a": [USER], "b": [ASSISTANT]}])
     corpus = load_corpus(spec, prompt_column="a", completion_column="b", heldout=1)
@@ -88,8 +93,12 @@ def test_named_columns_may_hold_messages(tmp_path):
         ),
         ({"input": "a", "target": "b"}, ("input", "label"), r"the fields input, target: needed are input and label\.$"),
         ({"input": "a", "target": 7}, ("input", "target"), 'target must be a string, and is 7 .*write "7" for 7'),
-        ({"input": "a", "target": "b"}, ("input", None), "name both the prompt column and the completion column"),
-        ({"input": "a", "target": "b"}, ("input", "input"), "two different ones"),
+        (
+            {"input": "a", "target": "b"},
+            ("input", None),
+            r"the fields input, target: needed are input and completion\.$",
+        ),
+        ({"input": "a", "target": "b"}, ("input", "input"), "input cannot be both the prompt column and"),
     ],
 )
 def test_a_wrong_column_is_one_sentence(tmp_path, row, named, sentence):

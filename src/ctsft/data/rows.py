@@ -59,8 +59,8 @@ def load_corpus(
     a hub dataset `org/name` or `org/name:config` (its `train` split, or the only one).
     `heldout` is a fraction of the rows or their number; `sql` has as many as one likes, there it is a fraction of
     2,000. `limit` is the largest number of rows to train on (`sql`: the number, 4,000 if None).
-    `prompt_column` and `completion_column` name the two fields to take where none of `LAYOUTS` fits: both texts, of
-    which the prompt gets a line break at its end, or both lists of messages.
+    `prompt_column` and `completion_column` name the two fields to take where none of `LAYOUTS` fits (one alone: the
+    other is as it is called): both texts, of which the prompt gets a line break at its end, or both lists of messages.
 
     A row equal to a held-out one is never trained on. Raises CTError, with the line of the file, for anything that
     cannot be read, has other fields than the layouts know, or mixes them; also if a side of the split would be empty.
@@ -228,7 +228,7 @@ def _layouts(prompt: str | None, completion: str | None) -> Mapping[tuple[str, .
     """All layouts, or the one of two fields that a user names."""
     if prompt is None and completion is None:
         return LAYOUTS
-    if prompt is None or completion is None or prompt == completion:
-        raise CTError("name both the prompt column and the completion column, two different ones.")
-    named = (prompt, completion)
+    named = (prompt or "prompt", completion or "completion")
+    if named[0] == named[1]:
+        raise CTError(f"{named[0]} cannot be both the prompt column and the completion column: name two.")
     return {named: LAYOUTS.get(named) or _pair(*named)}
