@@ -135,12 +135,13 @@ def test_an_experiment_on_one_s_own_model_and_text(tmp_path, monkeypatch):
     found = [json.loads(line) for line in kept.read_text().splitlines()]
     assert kept.name == "mine-diagonal.jsonl" and len(found) == 6
     assert {one["weights"] for one in found} == {one["spec"]["weights"] for one in found} != {""}
-    assert (
-        "1 confirmed" in lab("verdicts", *own)
-        and "| a | One step. | **confirmed**" in Path("runs/lab/VERDICTS.md").read_text()
-    )
+    assert "1 confirmed" in lab("verdicts", *own)
+    told = Path("runs/lab/VERDICTS.md").read_text()
+    assert "| a | One step. | **confirmed**" in told and f"from runs of {model} on {tmp_path / 'my.txt'};" in told
+    assert "## Not applicable" in told and "committed" not in told
     lab("report", *own, "--out", "lab.html")
-    assert "not applicable" in Path("lab.html").read_text()
+    page = Path("lab.html").read_text()
+    assert "not applicable" in page and f"On <b>{model}</b> and the text" in page
     with pytest.raises(CTError, match=r"runs/lab has no runs of photonic on .*my\.txt; make them with: ctsft lab run"):
         lab("verdicts", *own[2:])
 

@@ -14,6 +14,7 @@ from ctsft.lab.claims import Artefact, Claim
 from ctsft.lab.compare import arm_runs
 from ctsft.lab.drawing import RAMP
 from ctsft.lab.experiments import arms
+from ctsft.lab.own import Own
 from ctsft.lab.page import places, write_lab_report
 from ctsft.lab.predicates import Side
 from ctsft.lab.rates import choose_rate, due
@@ -155,6 +156,13 @@ def test_what_cannot_be_asked_stands_last_and_is_not_counted(tmp_path):
     assert list(page.rows)[-1] == "78-other" and "it is about tinyllama-1.1b" in page.text
     assert f"{len(VERDICT_LIST)} claims, judged on" in page.text and "1 not applicable" in page.text
     assert "not applicable" not in Reader(written(tmp_path, only("89"), {}, VERDICT_LIST)).text
+
+
+def test_the_page_says_whose_model_and_text_it_is_of(tmp_path, page):
+    own = Own(model="/my/mo<del", text="/my/words.txt", narrowest=64, width=64)
+    text = Reader(written(tmp_path, only("89").model_copy(update={"own": own}), {})).text
+    assert "On /my/mo<del and the text /my/words.txt , in place of the papers' own." in text
+    assert "in place of the papers' own" not in page.text
 
 
 def test_the_filter_is_not_shown_where_scripts_do_not_run(html):

@@ -237,7 +237,9 @@ def verdicts(
     laboratory, known = opened(experiments, records, model, data, seeds)
     laboratory = having_runs(laboratory, known, profile)
     found = judged(experiments, laboratory, known, list(laboratory.experiments), profile)
-    text, path = markdown(found), out or (known.folder if laboratory.own else Path()) / "VERDICTS.md"
+    own = laboratory.own
+    text = markdown(found, f"runs of {own.model} on {own.text}") if own else markdown(found)
+    path = out or (known.folder if own else Path()) / "VERDICTS.md"
     if check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             raise CTError(f"{path} is stale; run: ctsft lab verdicts")

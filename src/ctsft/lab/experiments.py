@@ -41,7 +41,7 @@ class Figure(Strict):
     log_x: bool = False
     log_y: bool = Field(default=False, description="for values above 0 only")
     paper: list[tuple[float, float]] = Field(default=[], description="the paper's own points (x, y)")
-    law: str = Field(default="", description="a named curve that is drawn beside the points, see lab_report")
+    law: str = Field(default="", description="a named curve that is drawn beside the points, see LAWS in drawing")
 
 
 class Table(Strict):

@@ -29,7 +29,7 @@ class Spec(Strict):
 
     model: str = "photonic"
     tied: bool = Field(default=True, description="False: a random output head of its own, the bug of papers 81 and 82")
-    text: str = Field(default="sql", description="what `corpus.load_corpus` takes; read as one stream of tokens")
+    text: str = Field(default="sql", description="what `load_corpus` takes; read as one stream of tokens")
     method: Method = "diagonal"
     k: Annotated[int, Field(ge=0)] = Field(default=32, description="directions, or rank; 0 where there are none")
     basis: BasisKind = "weight"
