@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ctsft import CTConfig, CTError, export_adapter, resize, save_adapter
+from ctsft.adapter.seal import hash_settings
 from helpers import (
     FORMS,
     SHAPES,
@@ -291,7 +292,7 @@ def test_another_file_or_changed_directions_are_refused_on_loading(path, tmp_pat
     forged = json.loads(settings.read_text())
     save_file(directions(tiny(), seed=1), path)
     forged["basis_checksum"] = on_file(path).peft_config["default"].basis_checksum
-    settings.write_text(json.dumps(forged))
+    settings.write_text(json.dumps(forged | {"settings_hash": hash_settings(forged)}))
     with pytest.raises(CTError, match="differ from those that the adapter was trained on"):  # by every matrix's own
         load(tmp_path / "a")
 

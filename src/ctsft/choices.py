@@ -2,10 +2,12 @@
 made from these; nothing here imports torch.
 """
 
-import re
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import regex
 
 from ctsft.errors import CTError
 
@@ -36,6 +38,31 @@ CHOSEN = {  # the options of an adapter that are one of a few words
 def about(told: str) -> dict[str, str]:
     """A field's description, under the name that transformers and peft read, and the one that pydantic reads."""
     return {"help": told, "description": told}
+
+
+LARGEST = 20_000  # letters of a pattern, and repetitions that its {n} ask for
+PATIENCE = 0.2  # seconds for one pattern on one name: a thousand times what an honest one takes
+
+
+def compiled(pattern: str, option: str) -> Any:
+    """The regular expression `pattern` of `option`; CTError where it is none, or too large to be read quickly."""
+    repeats = math.prod(int(n[:9]) + 1 for n in regex.findall(r"\d+(?=\})", pattern))
+    if len(pattern) > LARGEST or repeats > LARGEST:
+        raise CTError(f"the {option} pattern {pattern[:80]!r} is too long or repeats too often; write a simpler one.")
+    try:
+        return regex.compile(pattern)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise CTError(f"the {option} pattern {pattern!r} is no regular expression: {error}.") from None
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether the regular expression `pattern` matches all of `name`; CTError where that takes too long."""
+    try:
+        return regex.fullmatch(pattern, name, timeout=PATIENCE) is not None
+    except TimeoutError:
+        raise CTError(
+            f"the pattern {pattern!r} takes too long on {name}; write it without nested repetition."
+        ) from None
 
 
 @dataclass
@@ -105,10 +132,7 @@ class AdapterOptions:
         if self.k == {}:
             raise CTError("k is an empty mapping; give an int or {module pattern: int}.")
         for pattern in self.k if isinstance(self.k, Mapping) else ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise CTError(f"the k pattern {pattern!r} is no regular expression: {error}.") from None
+            compiled(pattern, "k")
         if not 0 <= self.amplitude_dropout < 1:
             raise CTError(f"amplitude_dropout={self.amplitude_dropout} must be at least 0 and below 1.")
         if self.basis == "file" and not self.basis_file:

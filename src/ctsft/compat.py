@@ -59,11 +59,14 @@ def shortest_names(names: Collection[str], others: Collection[str]) -> list[str]
     return sorted(_find_minimal_target_modules(set(names), set(others))) if names else []
 
 
-def selects(config: "PeftConfig", name: str) -> bool:
-    """Whether `config` targets the module `name`: by a regex, a name's end, layer indices, and what is excluded."""
+def selects(config: "PeftConfig", name: str) -> Any:
+    """Whether `config` targets the module `name`: by a regex, a name's end, layer indices, and what is excluded.
+
+    What it gives is true or false; peft tells by its kind whether a module that is not targeted was excluded.
+    """
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    return bool(check_target_module_exists(config, name))
+    return check_target_module_exists(config, name)
 
 
 def embed_scale(layer: Any) -> "Tensor | float":

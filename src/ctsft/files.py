@@ -50,10 +50,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in `path`; CTError where it is none."""
+    """The JSON value in `path`; CTError where it is none, NaN and infinity included, or nested too deeply."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, ValueError, RecursionError) as error:
         raise CTError(f"{path} cannot be read as JSON ({error}); it is damaged, make it anew.") from None
 
 

@@ -44,10 +44,10 @@ def prepare(model: nn.Module, config: CTConfig) -> Prepared:
     now = base_fingerprint(model, config, targets)
     check_same_base(config, now)
     ks = {n: config.k_for(n) for n in targets}
-    if config.fingerprint is not None and config.stored_basis:
-        return Prepared(ks, dict.fromkeys(targets), owners, config.fingerprint)
     for name, w in weights.items():
         check_k(config, name, w, ks[name])
+    if config.fingerprint is not None and config.stored_basis:
+        return Prepared(ks, dict.fromkeys(targets), owners, config.fingerprint)
     return Prepared(ks, make_bases(model, config, weights, ks, now), owners, now)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ctsft.adapter.bases import prepare
 from ctsft.adapter.config import CTSFT, CTConfig
 from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
-from ctsft.adapter.store import pack, unpack
+from ctsft.adapter.read import unpack
+from ctsft.adapter.store import pack
+from ctsft.adapter.targets import choice
 from ctsft.errors import CTError
 
 
@@ -31,6 +33,13 @@ class CTModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs | {"low_cpu_mem_usage": False})
         config.target_modules = targets  # peft shortens long lists
         del self.prepared
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        """Whether `key` is a target: while an adapter is added, those that `prepare` found."""
+        prepared, chosen = vars(self).get("prepared"), choice(peft_config, key)
+        if prepared is None or not chosen:
+            return chosen
+        return key in prepared.bases or key in prepared.owners
 
     def _create_and_replace(
         self,

@@ -4,7 +4,6 @@ A basis that the base weights determine is recomputed when the adapter is loaded
 (`store_basis=True`), when it came from data, and when the base weights are no longer those it was made from.
 """
 
-import math
 import os
 import shutil
 import tempfile
@@ -14,22 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
+from ctsft.adapter.seal import hash_tensors
 from ctsft.compat import FSDP
 from ctsft.errors import CTError
-from ctsft.spectral.basis import Basis, checksum, two_sides
+from ctsft.spectral.basis import checksum
 from ctsft.spectral.kinds import kind_of
-from ctsft.spectral.weights import clean_name, fingerprint, matrix, takes_part_transposed, universal_members, width
+from ctsft.spectral.weights import clean_name, fingerprint, universal_members, width
 
 COEFFICIENTS, CHECKSUM = "ctsft.coefficients", "ctsft.checksum"
 UNIVERSAL, BASIS = "ctsft.basis_universal", "ctsft.basis."
-# Of a checksum's order sqrt(K). Another machine's rounding moves it by 1e-7, or where it tips a bfloat16 by 1e-4;
-# turned directions move it by their angle.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 
 
 def adapted(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, CTLayer]]:
@@ -67,8 +65,6 @@ def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict
     kind = kind_of(config.basis)
     stored = config.store_basis or kind.stored or now != made_from
     shared = kind.shared and not FORMS[config.form].both  # one tensor serves all matrices
-    config.saved_as = {"fingerprint": made_from, "stored_basis": stored}
-
     parts, sums = [], []
     tensors: dict[str, Tensor] = {}
     for name, (key, layer) in layers.items():
@@ -88,80 +84,22 @@ def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict
             f"adapter {adapter_name!r} holds NaN, infinite or (in {config.save_dtype}) too large numbers; it was not "
             "saved."
         )
-    return tensors | {COEFFICIENTS: rounded, CHECKSUM: torch.tensor(sums, dtype=torch.float32)}
+    tensors |= {COEFFICIENTS: rounded, CHECKSUM: torch.tensor(sums, dtype=torch.float32)}
+    whole = {key: state_dict[n] for n, key in whole_modules(model, adapter_name).items()}
+    seal = hash_tensors(tensors | whole)
+    config.saved_as = {"fingerprint": made_from, "stored_basis": stored, "tensors_hash": seal}
+    return tensors
 
 
-def unpack(model: nn.Module, config: CTConfig, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Install what `pack` made into the layers of `adapter_name`: the basis at once, the rest as a state dict to load.
-
-    Raises CTError when the numbers do not fit the model, or were trained on other directions than those found here.
-    """
-    other = {k: v for k, v in tensors.items() if not k.startswith("ctsft.")}
-    if COEFFICIENTS not in tensors or CHECKSUM not in tensors:
-        raise CTError(
-            "the file holds no CT-SFT numbers; take adapter_model.safetensors from the same folder as "
-            "adapter_config.json."
-        )
-    layers = list(adapted(model, adapter_name))
-    stored = any(k.startswith("ctsft.basis") for k in tensors)
-    if stored:
-        shared = tensors.get(UNIVERSAL, torch.empty(0, 0))
-        sides = two_sides(shared, {config.k_for(clean_name(n)) for n, _ in layers})
-        for name, layer in layers:
-            basis = stored_basis(config, clean_name(name), layer, tensors, sides)
-            layer.ctsft_basis[adapter_name] = basis
-            layer.ctsft_coefficients[adapter_name].data = torch.zeros(layer.coefficient_shape(adapter_name, basis.k))
-            layer._move_adapter_to_device_of_base_layer(adapter_name)
-    flat, sums = tensors[COEFFICIENTS].float(), tensors[CHECKSUM].tolist()
-    sizes = [layer.ctsft_coefficients[adapter_name].numel() for _, layer in layers]
-    if flat.numel() != sum(sizes) or len(sums) != len(layers):
-        raise CTError(
-            f"the file holds {flat.numel()} numbers for {len(sums)} matrices and this model takes {sum(sizes)} for "
-            f"{len(layers)}; it is an adapter of another model."
-        )
-    if not torch.isfinite(flat).all():
-        raise CTError("the file holds NaN or infinite numbers; it is damaged.")
-    rotated = []
-    for (name, layer), expected in zip(layers, sums, strict=True):
-        found = layer.ctsft_basis[adapter_name]
-        assert found is not None
-        if not abs(checksum(found, clean_name(name)) - expected) <= TOLERANCE[found.dtype] * math.sqrt(found.k):
-            rotated.append(clean_name(name))
-    if rotated and stored:
-        raise CTError(f"the basis in the file is not the one that was saved (first: {rotated[0]}); it is damaged.")
-    if rotated:
-        raise CTError(
-            f"the directions recomputed here differ from those that the adapter was trained on in {len(rotated)} of "
-            f"{len(layers)} matrices (first: {rotated[0]}): another machine's rounding turned near-equal ones; save it "
-            "with store_basis=True where it was trained, or use its LoRA export."
-        )
-    owned = {}
-    for (_, layer), piece in zip(layers, flat.split(sizes), strict=True):
-        owned[layer] = piece.reshape(layer.ctsft_coefficients[adapter_name].shape)
+def whole_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """The tensors of `modules_to_save`: their names in the model's state dict, and in the file of `adapter_name`."""
+    found: dict[str, str] = {}
     for name, module in model.named_modules():
-        if isinstance(module, CTLayer) and adapter_name in module.ctsft_coefficients:
-            owner = module.ctsft_owner[0] if module.ctsft_owner else module
-            module.ctsft_pending.discard(adapter_name)
-            module.ctsft_basis[adapter_name] = owner.ctsft_basis[adapter_name]
-            other[f"{name}.ctsft_coefficients.{adapter_name}"] = owned[owner]
-    return other
-
-
-def stored_basis(
-    config: CTConfig,
-    name: str,
-    layer: CTLayer,
-    tensors: dict[str, Tensor],
-    sides: dict[int, tuple[Basis, Basis]],
-) -> Basis:
-    """The basis of module `name` as it lies in `tensors`; the `sides` of the universal one are shared by all."""
-    own = {f: tensors[f"{BASIS}{name}.{f}"] for f in ("u", "vh", "start") if f"{BASIS}{name}.{f}" in tensors}
-    if UNIVERSAL in tensors:
-        shape, d_model = matrix(layer.get_base_layer()).shape, tensors[UNIVERSAL].shape[1]
-        own |= sides[config.k_for(name)][takes_part_transposed(name, shape, d_model)].tensors()
-    if not own:
-        raise CTError(f"the file holds no basis for {name}; it is an adapter of another model.")
-    return Basis(own.get("u"), own.get("vh"), own.get("start"))
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            name = name.removeprefix(FSDP)
+            pairs = module.adapter_state_dict_load_map(adapter_name).items()
+            found |= {f"{name}.{own}": f"{name}.{in_file}" for in_file, own in pairs}
+    return found
 
 
 def check_same_base(config: CTConfig, now: str) -> None:

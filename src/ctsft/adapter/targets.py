@@ -1,10 +1,14 @@
 """The modules that an adapter changes: found by names, tied weights once, all checked before anything changes."""
 
+import copy
+from typing import Any
+
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.layer import CTLayer
+from ctsft.choices import fits
 from ctsft.compat import linear_names, selects, shortest_names
 from ctsft.errors import CTError
 from ctsft.spectral.weights import MATRIX_MODULES, checked
@@ -26,7 +30,7 @@ def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Modul
         names = linear_names(model, config)
         # written down as endings, not as "all-linear": an adapter must mean the same modules when it is loaded
         config.target_modules = shortest_names(names, set(modules) - names)
-    found = [n for n in modules if selects(config, n)]
+    found = [n for n in modules if choice(config, n)]
     regex = isinstance(config.target_modules, str)
     wanted = [str(config.target_modules)] if regex else sorted(config.target_modules)
     unknown = [w for w in wanted if not (found and (regex or matches(w, modules)))]
@@ -56,3 +60,13 @@ def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Modul
 
 def matches(wanted: str, modules: dict[str, nn.Module]) -> bool:
     return any(n == wanted or n.endswith(f".{wanted}") for n in modules)
+
+
+def choice(config: CTConfig, name: str) -> Any:
+    """peft's answer whether `config` targets the module `name`, but its regexes have a limit of time (see `fits`)."""
+    plain: CTConfig = copy.copy(config)
+    if isinstance(config.exclude_modules, str) and config.exclude_modules:
+        plain.exclude_modules = [name] if fits(config.exclude_modules, name) else None
+    if isinstance(config.target_modules, str):
+        plain.target_modules = [name] if fits(config.target_modules, name) else []
+    return selects(plain, name)
