@@ -141,6 +141,7 @@ def test_two_claims_that_become_one_question_are_asked_once():
 def test_the_arena_and_88_have_claims_for_any_model():
     asked, aside = applicable(CLAIMS, ["arena", "88"], "my/model", "my.txt")
     assert [one.id for one in asked] == [one.id for one in CLAIMS]
+    assert all(one.control().where["model"] == "my/model" for one in asked if one.artefact and one.id not in aside)
     left = {one.id for one in asked if one.id not in aside}
     assert left == {
         *("87.4", "88.1", "88.2", "88.3", "88.4", "88.6", "ours.1", "ours.2", "ours.4", "ours.5", "ours.6", "ours.7"),

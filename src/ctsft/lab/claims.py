@@ -220,6 +220,7 @@ def _asked_of(claim: Claim, given: Selection) -> Claim:
     def plain(part: Selection) -> Selection:
         return {name: found for name, found in part.items() if name not in given}
 
-    changes: dict[str, Any] = {"where": plain(claim.where) | given}
-    changes |= {"a": plain(claim.a), "b": tuple(plain(part) for part in claim.b)}
+    changes: dict[str, Any] = {"where": plain(claim.where) | given, "a": plain(claim.a)}
+    if claim.b:  # else it stays unset: most predicates have none, nor have their controls
+        changes["b"] = tuple(plain(part) for part in claim.b)
     return claim.model_copy(update=changes)
