@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import re
 import shutil
 import signal
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import tiny
+from ctsft import progress
 from ctsft.adapter import store
 from ctsft.data.rows import load_corpus
 from ctsft.data.tokens import format_rows
@@ -566,3 +568,28 @@ def test_messages(model, recipe, tmp_path):
     assert f"before: held-out loss {run['before']['heldout_loss']:.3f} nats per token" in text
     assert f"after: held-out loss {run['after']['heldout_loss']:.3f} nats per token" in text
     assert "training 56 numbers of 34,080" in text
+
+
+@pytest.mark.usefixtures("plain_report")
+def test_where_there_is_no_terminal_every_stage_tells_what_is_left(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 0.001)
+    heard = io.StringIO()
+    tune(recipe(basis="gradient", lr=0.01), tmp_path / "run", console=Console(file=heard, width=200))
+    text = heard.getvalue()
+    assert "\r" not in text and "\x1b" not in text
+    for stage, total in (("calibrating", 1), ("measuring the model as it is", 10), ("measuring the tuned model", 10)):
+        assert re.search(rf"^{stage}: \d+ of {total}, \S+ left$", text, flags=re.MULTILINE), stage
+    assert re.search(rf"^training: 3 of {STEPS}, \S+ left, loss \d\.\d+, [\d,]+ tokens/s$", text, flags=re.MULTILINE)
+    assert re.search(r"^reading the spectra: \d+ of 14, \S+ left$", text, flags=re.MULTILINE)
+    assert re.search(rf"^loading .*{recipe().model}: 0 s$", text, flags=re.MULTILINE)
+
+
+def test_columns_by_name(recipe, tmp_path):
+    rows = [{"question": f"{i} and {i}?", "answer": " aaaa", "level": i} for i in range(40)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = {"data": str(tmp_path / "gsm8k.jsonl"), "steps": 1}
+    with pytest.raises(CTError, match="question, answer"):
+        quiet(recipe(**wanted), tmp_path / "run")
+    run = quiet(recipe(**wanted, prompt_column="question", completion_column="answer"), tmp_path / "run")
+    assert run["data"]["kind"] == "prompt_completion" and run["data"]["train_rows"] == 32
+    assert {s["reference"] for s in run["samples"]} == {" aaaa"} and run["samples"][0]["prompt"].endswith("?")

@@ -1,5 +1,6 @@
 """What takes long tells how much is left: a bar on a terminal, elsewhere a plain line every ten seconds."""
 
+import shutil
 import sys
 import threading
 import time
@@ -41,7 +42,8 @@ def watched(
     file = file or sys.stderr
     settings: dict[str, Any] = {"desc": text, "total": total, "leave": False, "disable": text is None}
     if file.isatty():
-        return tqdm(items, **settings, file=file, delay=DELAY, dynamic_ncols=True)
+        columns = shutil.get_terminal_size().columns  # 80 where the terminal does not tell; tqdm would show nothing
+        return tqdm(items, **settings, file=file, delay=DELAY, ncols=columns - 1)
     return tqdm(items, **settings, file=Lines(file), delay=EVERY, mininterval=EVERY, miniters=1, bar_format=LINE)
 
 

@@ -188,6 +188,23 @@ def universal_table(result: dict[str, Any]) -> Table:
     return table
 
 
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "0.6",
+    "xtick.color": "0.35",
+    "ytick.color": "0.35",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 8.5,
+    "grid.color": "0.92",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ctsft",
+}
+
+
 def plot_spectra(result: dict[str, Any], path: Path) -> None:
     """Draw an `inspect_model` result: a panel per kind of matrix, a spectrum per block, and the universal basis' curve.
 
@@ -202,50 +219,19 @@ def plot_spectra(result: dict[str, Any], path: Path) -> None:
     path = Path(path)
     if path.suffix.lower() not in (".svg", ".png"):
         raise CTError(f"{path} must end in .svg or .png.")
-    groups, universal = by_kind(result), result["universal"]
+    groups = by_kind(result)
     blocks = [block for placed in groups.values() for block, _ in placed if block is not None]
     last, shade = max(blocks, default=0) or 1, matplotlib.colormaps["viridis"]
     columns = 3 if len(groups) < 9 else 4
     lines = -(-(len(groups) + 1) // columns)
-    style: dict[Any, Any] = {
-        "font.size": 8,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "0.6",
-        "xtick.color": "0.35",
-        "ytick.color": "0.35",
-        "axes.titlelocation": "left",
-        "axes.titlesize": 8.5,
-        "grid.color": "0.92",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "ctsft",
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.7 * columns + 0.8, 2.1 * lines + 0.6), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False).flat
         for i, ((kind, (d_out, d_in)), placed) in enumerate(groups.items()):
-            ax = axes[i]
-            for block, entry in placed:
-                values = [value if value > 0 else float("nan") for value in entry["spectrum"]]
-                x = torch.linspace(0, 1, len(values)).tolist()
-                colour = "0.25" if block is None else shade(block / last)
-                ax.plot(x, values, color=colour, linewidth=0.9, alpha=0.85)
-            ax.set(yscale="log", ylim=(1e-3, 1.4), xlim=(0, 1), xticks=[0, 0.5, 1])
-            ax.tick_params(labelleft=i % columns == 0)
-            ax.set_title(f"{kind}  {d_out} x {d_in}")
-        ax = axes[len(groups)]
-        counts, shares = zip(*universal["curve"], strict=True)
-        ax.plot(counts, shares, color="0.25", linewidth=1.2)
-        point, accent = (universal["k"], universal["explained"]), "#b5482f"
-        ax.plot(*point, "o", color=accent, markersize=4)
-        note = f"K = {universal['k']}: {universal['explained']:.0%}"
-        ax.annotate(note, point, (-5, 5), ha="right", textcoords="offset points", color=accent)
-        ax.set_xscale("log", base=2)
-        ax.set(ylim=(0, 1.02), xlim=(1, result["d_model"]), xticks=counts[::2], xticklabels=counts[::2])
-        ax.minorticks_off()
-        ax.set_title("universal basis: share of energy in top K")
+            draw_kind(axes[i], placed, lambda block: "0.25" if block is None else shade(block / last))
+            axes[i].tick_params(labelleft=i % columns == 0)
+            axes[i].set_title(f"{kind}  {d_out} x {d_in}")
+        draw_universal(axes[len(groups)], result)
         for ax in axes[len(groups) + 1 :]:
             ax.set_axis_off()
         figure.supxlabel("rank, as a share of the smaller side", fontsize=8, color="0.35")
@@ -256,3 +242,27 @@ def plot_spectra(result: dict[str, Any], path: Path) -> None:
             figure.colorbar(depth, ax=figure.axes, label="block", ticks=ticks, shrink=0.6, aspect=30, pad=0.01)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+
+
+def draw_kind(ax: Any, placed: list[tuple[int | None, dict[str, Any]]], colour: Callable[[int | None], Any]) -> None:
+    """The spectra of one kind of matrix, a line a block in `colour(block)`."""
+    for block, entry in placed:
+        values = [value if value > 0 else float("nan") for value in entry["spectrum"]]
+        x = torch.linspace(0, 1, len(values)).tolist()
+        ax.plot(x, values, color=colour(block), linewidth=0.9, alpha=0.85)
+    ax.set(yscale="log", ylim=(1e-3, 1.4), xlim=(0, 1), xticks=[0, 0.5, 1])
+
+
+def draw_universal(ax: Any, result: dict[str, Any]) -> None:
+    """The share of energy in the top directions of the universal basis, with a mark at K."""
+    universal, accent = result["universal"], "#b5482f"
+    counts, shares = zip(*universal["curve"], strict=True)
+    ax.plot(counts, shares, color="0.25", linewidth=1.2)
+    point = (universal["k"], universal["explained"])
+    ax.plot(*point, "o", color=accent, markersize=4)
+    note = f"K = {universal['k']}: {universal['explained']:.0%}"
+    ax.annotate(note, point, (-5, 5), ha="right", textcoords="offset points", color=accent)
+    ax.set_xscale("log", base=2)
+    ax.set(ylim=(0, 1.02), xlim=(1, result["d_model"]), xticks=counts[::2], xticklabels=counts[::2])
+    ax.minorticks_off()
+    ax.set_title("universal basis: share of energy in top K")
