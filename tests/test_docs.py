@@ -18,10 +18,10 @@ from typer.main import get_command
 
 import tiny
 from ctsft.cli import main as cli
-from ctsft.lab.claims import read_claims
+from ctsft.lab.claims import ARGUMENTS, read_claims
 from ctsft.lab.experiments import PAPERS, arms, read_laboratory
 from ctsft.lab.records import Records
-from ctsft.lab.verdicts import judge
+from ctsft.lab.verdicts import VERDICTS, judge
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -30,7 +30,11 @@ import generate  # noqa: E402
 # What torch says to everybody who trains without a GPU.
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:UserWarning")
 
-WRITTEN = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in generate.PAGES)]
+WRITTEN = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in generate.PAGES),
+]
 PAGES = [*WRITTEN, *(ROOT / "docs" / name for name in generate.PAGES)]
 WORDS = 700
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -219,6 +223,13 @@ def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#[\w-]+)?\)", text):
         assert (path.parent / target).exists(), target
+
+
+def test_every_verdict_and_predicate_is_explained():
+    page = (ROOT / "docs" / "laboratory.md").read_text(encoding="utf-8")
+    rows = "\n".join(re.findall(r"^\| ([^|]+) \|", page, re.MULTILINE))
+    assert {*VERDICTS} <= {*rows.splitlines()}
+    assert {*ARGUMENTS} <= {*re.findall(r"`(\w+)`", rows)}
 
 
 def test_public_names_are_in_the_reference():
