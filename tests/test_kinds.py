@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ctsft import CTConfig, CTError, choices
-from ctsft.adapter.bases import maker, recipe
+from ctsft.adapter.bases import maker, origin
 from ctsft.spectral import kinds
 from ctsft.spectral.kinds import KINDS, kind_of, needs_data
 from ctsft.spectral.weights import matrix
@@ -59,7 +59,7 @@ def test_the_most_directions_of_a_matrix(name, one, both):
 
 def test_what_decides_the_directions():
     def differ(one, other):
-        return recipe(CTConfig(**one)) != recipe(CTConfig(**other))
+        return origin(CTConfig(**one)) != origin(CTConfig(**other))
 
     universal = {"basis": "universal"}
     assert differ({}, {"basis": "random"}) and differ({}, universal)

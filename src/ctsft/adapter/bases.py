@@ -88,20 +88,20 @@ def make_bases(
     return bases
 
 
-def recipe(config: CTConfig) -> tuple[object, ...]:
+def origin(config: CTConfig) -> tuple[object, ...]:
     """What decides the directions beside the weights and K."""
     return config.basis, *kind_of(config.basis).decided_by(config, FORMS[config.form].both)
 
 
 def other_bases(layer: nn.Module, config: CTConfig, now: str, but: str) -> list[Basis]:
-    """Bases of `layer` that adapters other than `but` made by the same recipe from the same base weights."""
+    """Bases of `layer` that adapters other than `but` made of the same origin and from the same base weights."""
     found: list[Basis] = []
     if not isinstance(layer, CTLayer) or kind_of(config.basis).stored:
         return found
     for name, basis in layer.ctsft_basis.items():
         theirs = layer.ctsft_config[name]
         here = not theirs.stored_basis  # one from a file may have been made elsewhere, with other last bits
-        same = recipe(theirs) == recipe(config) and theirs.basis_dtype == config.basis_dtype
+        same = origin(theirs) == origin(config) and theirs.basis_dtype == config.basis_dtype
         if basis is not None and name != but and here and same and layer.ctsft_fingerprint[name] == now:
             found.append(basis)
     return found
@@ -119,7 +119,7 @@ def computed(
     kind = kind_of(config.basis)
     work = sum(kind.work(config, w.shape, ks[n]) for n, w in weights.items()) if kind.work else 0.0
     keep = kind.work is not None and work >= WORTH_KEEPING and keeps_bases()
-    key = key_of(*recipe(config), now)
+    key = key_of(*origin(config), now)
     kept = read_bases(key) if keep else {}
     usable = (n for n, w in weights.items() if n in kept and reaches(config, w.shape, ks[n], kept[n].k))
     found = {n: kept[n].own(ks[n]) for n in usable}
