@@ -25,6 +25,11 @@ BLOCK_CHARACTERS = 1500
 Located = tuple[str, Any]  # a place, and what stands there
 
 
+def shown(text: str, most: int = 200) -> str:
+    """The beginning of a text that is not ours as it may stand in a sentence: on one line, nothing but characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+
+
 def read_file(path: Path) -> Iterator[Located]:
     """Every row of a file, with the place that an error would name."""
     compressed = path.suffix in OPENERS
@@ -56,21 +61,30 @@ def _read_text(path: Path) -> str:
         raise CTError(f"{path.name} line {line} is not UTF-8 text: save the file as UTF-8.") from error
 
 
+def _json(name: str, text: str, line: int | None = None) -> Any:
+    """The value of a JSON text, the whole of a file or its one `line`."""
+    where = name if line is None else f"{name} line {line}"
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = line or error.lineno
+        raise CTError(f"{name} line {line} is no JSON: {error.msg} at column {error.colno}.") from error
+    except RecursionError:
+        raise CTError(
+            f"{where} is nested too deep: lists and objects inside each other are needed few times."
+        ) from None
+    except ValueError as error:  # a limit of Python, on what takes the square of the time
+        raise CTError(f"{where} has a number of thousands of digits: write it as a string.") from error
+
+
 def _read_json_lines(name: str, text: str) -> Iterator[Located]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
         if line.strip():
-            try:
-                yield f"{name} line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CTError(f"{name} line {number} is no JSON: {error.msg} at column {error.colno}.") from error
+            yield f"{name} line {number}", _json(name, line, number)
 
 
 def _read_json_list(name: str, text: str) -> Iterator[Located]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CTError(f"{name} line {error.lineno} is no JSON: {error.msg} at column {error.colno}.") from error
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_json(name, text), 1):
         yield f"{name} item {number}", row
 
 
@@ -89,8 +103,9 @@ def _read_csv(name: str, text: str) -> Iterator[Located]:
 def _read_parquet(path: Path) -> Iterator[Located]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise CTError(f"{path.name} is no readable Parquet file ({str(error).splitlines()[0]}).") from error
+    except (OSError, ValueError, MemoryError, OverflowError, pyarrow.ArrowException) as error:  # text no UTF-8, too
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CTError(f"{path.name} is no readable Parquet file ({shown(reason)}).") from error
     for number, row in enumerate(rows, 1):
         yield f"{path.name} row {number}", row
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import datasets
 
-from ctsft.data.read import OPENERS, READABLE, Located, read_file, read_hub
+from ctsft.data.read import OPENERS, READABLE, Located, read_file, read_hub, shown
 from ctsft.data.sql.examples import generate
 from ctsft.data.sql.execution import Example
 from ctsft.errors import CTError
@@ -74,7 +74,7 @@ def load_corpus(
         train = generate(limit or SQL_TRAIN, seed, "train")
         return _corpus("sql", "prompt_completion", _pairs(train), _pairs(examples), limit, examples=tuple(examples))
 
-    path = Path(spec).expanduser()
+    path = _path(spec)
     if path.is_file():
         name, located = path.name, read_file(path)
     elif HUB_ID.fullmatch(spec) and not path.exists() and not path.name.endswith((*READABLE, *OPENERS)):
@@ -91,6 +91,19 @@ def load_corpus(
         raise CTError(f"{name} has {len(rows)} rows, of which {count} are to be held out: none is left to train on.")
     held = [rows[i] for i in order[:count]]
     return _corpus(name, kind, [rows[i] for i in order[count:]], held, limit, notes)
+
+
+def _path(spec: str) -> Path:
+    """The file that `spec` may name; CTError for what no record could name after it."""
+    try:
+        spec.encode()
+        path = Path(spec).expanduser()
+        path.is_file()
+    except UnicodeEncodeError:
+        raise CTError(f"the data's name {spec!r} is not UTF-8: rename the file.") from None
+    except (OSError, RuntimeError) as error:  # too long a name; no such user's home
+        raise CTError(f"There is no data {shown(spec)!r}: {getattr(error, 'strerror', None) or error}.") from None
+    return path
 
 
 def _pairs(examples: Iterable[Example]) -> list[Fields]:
@@ -142,7 +155,9 @@ def _normalise(
         if found is None:
             known = "; ".join(" and ".join(fields) for fields in layouts)
             hint = "; or name two with --prompt-column and --completion-column" if layouts is LAYOUTS else ""
-            raise CTError(f"{where} has the fields {', '.join(map(str, raw)) or '(none)'}: needed are {known}{hint}.")
+            raise CTError(
+                f"{where} has the fields {shown(', '.join(map(str, raw))) or '(none)'}: needed are {known}{hint}."
+            )
         layout = layout or found
         if found != layout:
             raise CTError(f"{where} has the fields {' and '.join(found)}, rows before it {' and '.join(layout)}.")
@@ -171,7 +186,11 @@ def _string(where: str, raw: Fields, field: str) -> str:
     if isinstance(found, str):
         return found
     hint = ' (numbers are not turned into text: write "7" for 7)' if isinstance(found, int | float) else ""
-    raise CTError(f"{where}: {field} must be a string, and is {json.dumps(found, default=str)[:60]}{hint}.")
+    try:
+        value = json.dumps(found, default=str)
+    except RecursionError:
+        value = "nested too deep to be shown"
+    raise CTError(f"{where}: {shown(field)} must be a string, and is {shown(value, 60)}{hint}.")
 
 
 def _messages(where: str, raw: Fields, field: str) -> list[dict[str, str]]:

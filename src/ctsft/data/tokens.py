@@ -1,7 +1,9 @@
 """Rows to token ids: the chat template, what of a row is learnt, and what generation starts from."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import datasets
@@ -12,6 +14,10 @@ from ctsft.data.rows import Fields, Kind
 from ctsft.errors import CTError
 
 TEXT_PROMPT_TOKENS = 32
+BATCH = 2**20  # characters that are tokenised together: what that takes is many times their size
+PIECE = 2**17  # characters of a long text that are tokenised apart
+BLANK = re.compile(r"(?<=\w)\s(?=\w)")
+SEAM = 256  # characters on either side that show whether tokens end at a place
 
 
 class Cut(NamedTuple):
@@ -50,14 +56,14 @@ def format_rows(
     else:
         heads, tails = zip(*(_head_and_tail(row, tokenizer) for row in dataset), strict=True)
         bos = not tokenizer.chat_template
-        prompts = _tokenise(tokenizer, heads, bos)
-        wholes = _tokenise(tokenizer, [head + tail for head, tail in zip(heads, tails, strict=True)], bos)
+        prompts = _tokenise(tokenizer, heads, bos, max_length)
+        wholes = _tokenise(tokenizer, [head + tail for head, tail in zip(heads, tails, strict=True)], bos, max_length)
         for prompt, whole, tail in zip(prompts, wholes, tails, strict=True):
-            if whole[: len(prompt)] != prompt:  # a token spans the border; what generation sees is the prompt alone
-                whole = prompt + _tokenise(tokenizer, [tail], bos=False)[0]
             if len(prompt) >= max_length:
                 dropped += 1
                 continue
+            if whole[: len(prompt)] != prompt:  # a token spans the border; what generation sees is the prompt alone
+                whole = prompt + _tokenise(tokenizer, [tail], False, max_length)[0]
             truncated += len(whole) > max_length
             ids.append(whole[:max_length])
             labels.append(([-100] * len(prompt) + whole[len(prompt) :])[:max_length])
@@ -72,7 +78,7 @@ def prompt_ids(row: Fields, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> l
     Of a `text` they are the first half, at most 32 tokens.
     """
     if kind == "text":
-        tokens = _tokenise(tokenizer, [row["text"]], bos=True)[0]
+        tokens = _tokenise(tokenizer, [row["text"]], True, 2 * TEXT_PROMPT_TOKENS)[0]
         return tokens[: min(TEXT_PROMPT_TOKENS, math.ceil(len(tokens) / 2))]
     head, _ = _head_and_tail(row, tokenizer)
     return _tokenise(tokenizer, [head], bos=not tokenizer.chat_template)[0]
@@ -103,8 +109,68 @@ def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], gen
         raise CTError(f"The model's chat template refuses turns of {roles} ({error}): give others.") from error
 
 
-def _tokenise(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], bos: bool) -> list[list[int]]:
-    """Ids without special tokens, but, if `bos`, with the begin token of those tokenizers that put one."""
+def _tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], bos: bool, most: int | None = None
+) -> list[list[int]]:
+    """Ids without special tokens, but, if `bos`, with the begin token of those tokenizers that put one.
+
+    With `most`, a text of more tokens than that may lose all but the first `most` + 1, which are those of the whole
+    text: of a long one only the beginning is read, up to as many tokens again after the last that is kept.
+    """
     start = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1] if bos else []
-    tokens = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return [start + t for t in tokens]
+    if most is None:
+        whole = [list(start) for _ in texts]
+        pieces = [(ids, piece) for ids, text in zip(whole, texts, strict=True) for piece in _pieces(tokenizer, text)]
+        for (ids, _), more in zip(pieces, _encode(tokenizer, (piece for _, piece in pieces)), strict=True):
+            ids += more
+        return whole
+    found: dict[int, list[int]] = {}
+    size = 64 + 16 * most  # characters
+    while left := [i for i in range(len(texts)) if i not in found]:
+        for i, ids in zip(left, _encode(tokenizer, (texts[i][:size] for i in left)), strict=True):
+            if len(texts[i]) <= size:
+                found[i] = start + ids
+            elif len(ids) >= 64 + 2 * most:
+                found[i] = start + ids[: most + 1]
+        size *= 4
+    return [found[i] for i in range(len(texts))]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The ids of each text, tokenised in batches."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH:
+            yield from _ids(tokenizer, batch)
+            batch, size = [], 0
+    yield from _ids(tokenizer, batch)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    found = tokenizer(
+        texts, add_special_tokens=False, verbose=False, return_attention_mask=False, return_token_type_ids=False
+    )
+    return list(found["input_ids"])
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
+    """A long text in pieces whose tokens, one after the other, are those of the whole: cut before blanks between words
+    where tokens end, as the text around them shows. A text, or its rest, that shows no such place is one piece."""
+    begin = 0
+    while len(text) - begin > 2 * PIECE:
+        for blank in islice(BLANK.finditer(text, begin + PIECE), 20):
+            end = blank.start()
+            left, right = text[max(begin, end - SEAM) : end], text[end : end + SEAM]
+            one, two, both = _ids(tokenizer, [left, right, left + right])
+            if one + two == both:
+                break
+        else:
+            break
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
