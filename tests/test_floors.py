@@ -12,7 +12,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "data": [
         *("sql.words", "sql.schemas", "sql.phrases", "sql.questions"),
         *("sql.query", "sql.worker", "sql.execution", "sql.examples"),
-        *("read", "rows", "tokens"),
+        *("read", "rows", "template", "tokens"),
     ],
     "models": ["photonic", "reading", "gguf", "load"],
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
@@ -50,7 +50,8 @@ NO_TORCH = {
     *("errors", "choices", "files", "progress", "compat", "tune.recipe", "tune.record", "tune.report"),
     *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
-    *("data.sql.worker", "data.sql.execution", "data.sql.examples", "pages.words", "pages.plot", "pages.render"),
+    *("data.sql.worker", "data.sql.execution", "data.sql.examples", "data.template"),
+    *("pages.words", "pages.plot", "pages.render"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
     *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
     *("lab.verdicts", "lab.drawing", "lab.figures", "lab.page"),

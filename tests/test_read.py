@@ -2,10 +2,13 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ctsft.data.read import read_file
@@ -72,16 +75,38 @@ def test_plain_text_is_cut_at_blank_lines(tmp_path):
 
 # ---- mistakes
 
+
+def in_parquet(text):
+    """A Parquet file with bytes where it promises text."""
+    array = pyarrow.array([text]).cast(pyarrow.large_binary()).view(pyarrow.large_string())
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": array}), sink)
+    return sink.getvalue()
+
+
 GOOD = json.dumps(PAIRS[0])
 MISTAKES = {
     "broken line": ("data.jsonl", f"{GOOD}\n\n{GOOD[:-3]}\n", "^data.jsonl line 3 is no JSON: Unterminated string"),
     "broken list": ("data.json", f"[{GOOD},\n{GOOD}\n", "^data.json line 3 is no JSON: Expecting ',' delimiter"),
+    "digits": (
+        "data.jsonl",
+        f'{GOOD}\n{{"text": {"7" * 10_000}}}',
+        "^data.jsonl line 2 has a number of thousands of dig",
+    ),
+    "digits in a list": (
+        "data.json",
+        f'[{{"text": {"7" * 10_000}}}]',
+        "^data.json has a number of thousands of digits",
+    ),
+    "nested": ("data.jsonl", f"{GOOD}\n{'[' * 100_000}{']' * 100_000}", "^data.jsonl line 2 is nested too deep"),
+    "nested objects": ("data.json", "[" + '{"a":' * 100_000, "^data.json is nested too deep"),
     "empty": ("data.jsonl", " \n", "^data.jsonl is empty"),
     "empty text": ("data.txt", "\n\n", "^data.txt is empty"),
     "not UTF-8": ("data.jsonl", f"{GOOD}\n".encode() + b'{"text": "\xff"}', "^data.jsonl line 2 is not UTF-8 text"),
     "csv too long": ("data.csv", "prompt,completion\na,b\na,b,c\n", "^data.csv line 3 has more values than the head"),
     "csv quote": ("data.csv", 'prompt,completion\na,"b\n', "^data.csv line 2 is no CSV"),
     "parquet": ("data.parquet", "hello", "^data.parquet is no readable Parquet file"),
+    "parquet no UTF-8": ("data.parquet", in_parquet(b"\xff"), "^data.parquet is no readable Parquet file .*utf-8"),
     "bz2": ("data.jsonl.bz2", "hello", "^data.jsonl.bz2 cannot be read"),
     "gz": ("data.jsonl.gz", gzip.compress(b"hello" * 99)[:-9], "^data.jsonl.gz cannot be read"),
     "xz": ("data.jsonl.xz", "hello", "^data.jsonl.xz cannot be read"),

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ctsft.data.tokens import Cut, format_rows, prompt_ids
+from ctsft.data.tokens import Cut, fits, format_rows, prompt_ids
 from ctsft.errors import CTError
 from test_rows import ASSISTANT, PAIRS, SYSTEM, USER
 
@@ -73,6 +73,39 @@ def test_a_template_that_refuses_a_role():
     tokenizer = tokenizer_with("{{ raise_exception('no system turn') }}")
     with pytest.raises(CTError, match=r"chat template refuses turns of system, user \(no system turn\)"):
         prompt_ids({"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}, tokenizer, "prompt_completion")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ 1 / 0 }}", r"fails for turns of user \(ZeroDivisionError: division by zero\)"),
+        ("{% for i in range(10**10) %}x{% endfor %}", r"fails for turns of user \(OverflowError: Range too big"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", r"fails for turns of user \(RecursionError: maximum"),
+        ("{{ messages[0].content + 1 }}", r"fails for turns of user \(TypeError: can only concatenate"),
+        ("{% for", r"refuses turns of user \(unexpected"),
+        ("{{ 'x' * 10**10 }}", "takes too much time or memory: use another"),
+    ],
+)
+def test_a_template_that_fails_is_one_sentence(template, why):
+    with pytest.raises(CTError, match=f"^The model's chat template {why}") as error:
+        prompt_ids({"prompt": "hi", "completion": "yo"}, tokenizer_with(template), "prompt_completion")
+    assert "\n" not in str(error.value)
+
+
+def test_an_empty_prompt_needs_a_begin_token():
+    row = {"prompt": "", "completion": "yo"}
+    assert prompt_ids(row, tokenizer_with(bos=True), "prompt_completion") == [0]
+    with pytest.raises(CTError, match="an empty prompt leaves nothing to start from"):
+        prompt_ids(row, tokenizer_with(), "prompt_completion")
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model():
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    fits(tokenizer_with(), LlamaForCausalLM(LlamaConfig(vocab_size=258, **size)))
+    with pytest.raises(
+        CTError, match=r"^The tokenizer has 258 tokens and the model embeddings for 257: take the model's own"
+    ):
+        fits(tokenizer_with(), LlamaForCausalLM(LlamaConfig(vocab_size=257, **size)))
 
 
 def test_without_chat_template_strings_are_joined():

@@ -4,13 +4,15 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import jinja2
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ctsft.data.read import shown
 from ctsft.data.rows import Fields, Kind
+from ctsft.data.template import is_bounded
 from ctsft.errors import CTError
 
 TEXT_PROMPT_TOKENS = 32
@@ -81,7 +83,20 @@ def prompt_ids(row: Fields, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> l
         tokens = _tokenise(tokenizer, [row["text"]], True, 2 * TEXT_PROMPT_TOKENS)[0]
         return tokens[: min(TEXT_PROMPT_TOKENS, math.ceil(len(tokens) / 2))]
     head, _ = _head_and_tail(row, tokenizer)
-    return _tokenise(tokenizer, [head], bos=not tokenizer.chat_template)[0]
+    if ids := _tokenise(tokenizer, [head], bos=not tokenizer.chat_template)[0]:
+        return ids
+    raise CTError("an empty prompt leaves nothing to start from, this model has no begin token: put a word into it.")
+
+
+def fits(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """CTError where the tokenizer gives ids that the model has no embedding for."""
+    embedding: Any = model.get_input_embeddings()
+    has = len(embedding.weight)
+    needed = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if needed > has:
+        raise CTError(
+            f"The tokenizer has {needed:,} tokens and the model embeddings for {has:,}: take the model's own tokenizer."
+        )
 
 
 def _head_and_tail(row: Fields, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -102,11 +117,18 @@ def _head_and_tail(row: Fields, tokenizer: PreTrainedTokenizerBase) -> tuple[str
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], generation_prompt: bool = False) -> str:
+    if isinstance(tokenizer.chat_template, str) and not is_bounded(tokenizer.chat_template):
+        raise CTError("The model's chat template takes too much time or memory: use another.")
+    roles = shown(", ".join(turn["role"] for turn in turns))
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt))
     except jinja2.TemplateError as error:
-        roles = ", ".join(turn["role"] for turn in turns)
-        raise CTError(f"The model's chat template refuses turns of {roles} ({error}): give others.") from error
+        raise CTError(
+            f"The model's chat template refuses turns of {roles} ({shown(str(error))}): give others."
+        ) from error
+    except Exception as error:  # the template is a program
+        why = shown(f"{type(error).__name__}: {error}")
+        raise CTError(f"The model's chat template fails for turns of {roles} ({why}): mend it.") from error
 
 
 def _tokenise(
