@@ -153,6 +153,8 @@ def test_every_verdict_says_what_it_means(page):
 def test_what_cannot_be_asked_stands_last_and_is_not_counted(tmp_path):
     aside = a_verdict("78-other", "It is so.", "not applicable", "it is about tinyllama-1.1b", "78")
     page = Reader(written(tmp_path, only("89"), {}, [aside, *VERDICT_LIST]))
+    ids = {value for name, value in page.attributes if name == "id"}
+    assert {value[1:] for name, value in page.attributes if name == "href"} <= ids  # no link to what is not shown
     assert list(page.rows)[-1] == "78-other" and "it is about tinyllama-1.1b" in page.text
     assert f"{len(VERDICT_LIST)} claims, judged on" in page.text and "1 not applicable" in page.text
     assert "not applicable" not in Reader(written(tmp_path, only("89"), {}, VERDICT_LIST)).text

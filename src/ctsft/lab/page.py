@@ -50,6 +50,7 @@ def write_lab_report(
         ],
         "papers": sorted({verdict.claim.source for verdict in verdicts}),
         "sections": sections,
+        "shown": laboratory.experiments,
         "runs": len({id(record) for s in sections for arm in s["arms"] for record in arm.records}),
         "own": laboratory.own,
         "profile": profile,
