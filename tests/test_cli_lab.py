@@ -185,7 +185,7 @@ def test_arms_of_the_arena_that_should_train_equally_many_numbers_do(here):
             assert row.mean("trained") == pytest.approx(lora[row.spec.model, int(row.name[17:])], rel=0.02)
 
 
-def test_committed_records_are_whole_sorted_lines_of_this_format():
+def test_committed_records_are_whole_lines_of_this_format_in_the_file_of_their_model_and_method():
     for path in (ROOT / "records").iterdir():
         if path.name != ".lock":
             *lines, end = path.read_text(encoding="utf-8").split("\n")

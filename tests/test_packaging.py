@@ -116,6 +116,16 @@ def test_types_travel_with_the_package():
     assert PROJECT["version"] == ctsft.__version__ == version("ctsft")
 
 
+@pytest.mark.parametrize("folder", [ROOT, ROOT / "packages" / "ctsft-photonic"], ids=["ctsft", "ctsft-photonic"])
+def test_every_file_beside_the_code_is_in_the_wheel(folder):
+    settings = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    for package, patterns in settings["package-data"].items():
+        source = folder / "src" / package
+        kept = {path for pattern in patterns for path in source.glob(pattern)}
+        beside = {p for p in source.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", ".lock")}
+        assert beside == {path for path in kept if path.is_file()}
+
+
 # ---- the forge
 
 WORKFLOW = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))

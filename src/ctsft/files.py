@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import tomllib
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import platformdirs
 
 from ctsft.errors import CTError, needs
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # of a model or data set, org/name
 PACKAGES = ("ctsft", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 
 

@@ -15,13 +15,14 @@ from ctsft.data.read import OPENERS, READABLE, Located, read_file, read_hub, sho
 from ctsft.data.sql.examples import generate
 from ctsft.data.sql.execution import Example
 from ctsft.errors import CTError
+from ctsft.files import HUB_ID
 
 Kind = Literal["prompt_completion", "text"]
 Fields = dict[str, Any]  # a row: its columns, or those of the file, and what stands in them
 Layout = Callable[[str, Fields], Fields]  # from the place and fields of a raw row
 
 BUILTIN = ("sql",)
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
+HUB_DATA = re.compile(HUB_ID.pattern + r"(:[\w.-]+)?")
 
 SQL_TRAIN, SQL_HELDOUT = 4000, 2000
 
@@ -77,7 +78,7 @@ def load_corpus(
     path = _path(spec)
     if path.is_file():
         name, located = path.name, read_file(path)
-    elif HUB_ID.fullmatch(spec) and not path.exists() and not path.name.endswith((*READABLE, *OPENERS)):
+    elif HUB_DATA.fullmatch(spec) and not path.exists() and not path.name.endswith((*READABLE, *OPENERS)):
         name, located = spec, read_hub(spec)
     else:
         close = difflib.get_close_matches(spec, BUILTIN, n=1)

@@ -19,11 +19,12 @@ from ctsft.data.read import READABLE
 from ctsft.data.rows import BUILTIN as BUILTIN_TEXTS
 from ctsft.data.rows import load_corpus
 from ctsft.errors import CTError
+from ctsft.files import HUB_ID
 from ctsft.lab.methods import FEEDFORWARD
 from ctsft.lab.own import Own
 from ctsft.lab.spec import Spec
 from ctsft.models.load import BUILTIN as BUILTIN_MODELS
-from ctsft.models.load import HUB_ID, Loaded, load_model, resolve
+from ctsft.models.load import Loaded, load_model, resolve
 from ctsft.spectral.basis import generator
 from ctsft.spectral.weights import fingerprint, matrix
 

@@ -1,7 +1,6 @@
 """Names and files to a loaded model: a built-in name, a Hugging Face folder, a GGUF file or a hub id."""
 
 import difflib
-import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import ctsft.models.photonic  # noqa: F401  (registers its architecture with transformers)
 from ctsft.choices import DTYPES
 from ctsft.errors import CTError
+from ctsft.files import HUB_ID
 from ctsft.models.gguf import convert_once, smollm2
 from ctsft.models.reading import reading, whole
 
@@ -20,7 +20,6 @@ NOTES = {
     "smollm2-135m": "smollm2-135m has 4-bit weights, dequantised to bfloat16: its scores are not those of its makers",
     "photonic": "photonic is a laboratory model: 10 million parameters, 18 old books, contexts of 128 tokens",
 }
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
