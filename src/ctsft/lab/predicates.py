@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ctsft.errors import CTError
 from ctsft.lab.claims import OPEN, Claim, Selection, expanded
@@ -118,7 +119,7 @@ class Side:
     above: bool = True
     show: Callable[[float], float] = float  # from the scale of the test to that of the sentence
 
-    @property
+    @cached_property  # verdicts ask for it many times
     def test(self) -> Test:
         if not self.numbers:
             return Test(0, math.nan, math.nan, math.nan, 1.0, 1.0)
