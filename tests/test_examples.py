@@ -54,9 +54,9 @@ def test_own_data(inside, monkeypatch, capfd):
     path = EXAMPLES / "own_data.sh"
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     rows = [json.loads(line) for line in (inside / "my.jsonl").read_text().splitlines()]
-    renamed = [{"id": i, "question": r["prompt"], "answer": r["completion"]} for i, r in enumerate(rows)]
-    (inside / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
-    given = {"model": "my-model", "data": "gsm8k.jsonl", "out": "runs/own"}
+    renamed = [{"id": i, "problem": r["prompt"], "solution": r["completion"]} for i, r in enumerate(rows)]
+    (inside / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    given = {"model": "my-model", "data": "problems.jsonl", "out": "runs/own"}
     lines = [line for line in path.read_text().splitlines() if line.startswith("ctsft ")]
     assert len(lines) == 3
     for line in lines:
