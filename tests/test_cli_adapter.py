@@ -1,4 +1,5 @@
 import io
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,3 +79,54 @@ def test_a_mistake_in_sample_is_one_sentence(ctsft, finished, files, tmp_path):
     assert_one_sentence(ctsft("sample", files[0], "--prompt", "x" * 200), "200 tokens", "128")
     (tmp_path / "recipe.json").write_text("{}")
     assert_one_sentence(ctsft("sample", tmp_path, "--prompt", "x"), "holds no adapter")
+
+
+def damaged(run, folder, damage):
+    """A copy of the finished `run` in `folder`, its adapter's files as `damage` leaves their bytes."""
+    shutil.copytree(run, folder)
+    file, change = damage
+    path = folder / "adapter" / file
+    content = change(path.read_bytes())
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    return folder
+
+
+FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+DAMAGES = {
+    "truncated": (FILE, lambda b: b[:-10]),
+    "empty": (FILE, lambda b: b""),
+    "header": (FILE, lambda b: b[:3] + b"\xff" + b[4:]),
+    "no file": (FILE, lambda b: None),
+    "number": (FILE, lambda b: b[:-1] + bytes([b[-1] ^ 1])),
+    "list": (SETTINGS, lambda b: b"[]"),
+    "no json": (SETTINGS, lambda b: b[:-5]),
+    "no utf-8": (SETTINGS, lambda b: b"\xff" + b),
+    "brackets": (SETTINGS, lambda b: b"[" * 100_000),
+    "setting": (SETTINGS, lambda b: b.replace(b'"k": 4', b'"k": 5')),
+    "type": (SETTINGS, lambda b: b.replace(b'"k": 4', b'"k": [4]')),
+    "lora": (SETTINGS, lambda b: b.replace(b"CTSFT", b"LORA")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_adapter_is_one_sentence(ctsft, finished, tmp_path, damage):
+    run = damaged(finished, tmp_path / "run", damage)
+    assert_one_sentence(ctsft("sample", run, "--prompt", "x"))
+    assert_one_sentence(ctsft("export", run, "--out", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_export_of_an_adapter_is_no_adapter_of_ctsft(ctsft, finished, tmp_path):
+    assert ctsft("export", finished, "--out", tmp_path / "lora")[0] == 0
+    for args in (("sample", tmp_path / "lora", "--prompt", "x"), ("export", tmp_path / "lora")):
+        assert_one_sentence(ctsft(*args), "is of an adapter of the method 'LORA', not CTSFT; load it with peft alone")
+
+
+@pytest.mark.parametrize("recipe", ("[]", "{}", '{"model": 3}', "{"))
+def test_a_damaged_recipe_is_one_sentence(ctsft, finished, tmp_path, recipe):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "recipe.json").write_text(recipe)
+    assert_one_sentence(ctsft("sample", run, "--prompt", "x"))

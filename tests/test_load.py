@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import ctsft.models.load
 from ctsft.errors import CTError
 from ctsft.files import read_json
-from ctsft.models.load import load_model, load_tokenizer, resolve
+from ctsft.models.load import check_index, load_model, load_tokenizer, resolve
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -113,6 +114,19 @@ def adapter(folder):
     (folder / "config.json").rename(folder / "adapter_config.json")
 
 
+def index(folder, name):
+    """The weights behind an index that sends to `name`, which torch.load would read."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "other.bin")
+    (folder / "model.safetensors").rename(folder / "shard.safetensors")
+    content = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def index_of(text):
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text)
+
+
 CODE = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
 BROKEN = {
     "truncated": (truncate, "truncated or corrupt safetensors .*: fetch the folder again"),
@@ -121,6 +135,12 @@ BROKEN = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json: it is not a Hugging Face model folder"),
     "bad config": (lambda f: (f / "config.json").write_text("{"), "cannot be loaded .*not a valid JSON"),
     "adapter": (adapter, "is an adapter, not a model: give the model that it was trained on"),
+    "index to pickles": (lambda f: index(f, "other.bin"), "sends to other.bin: only safetensors beside it are read"),
+    "index to elsewhere": (lambda f: index(f, "../a.safetensors"), "sends to ../a.safetensors: only"),
+    "index that is none": (index_of("[]"), "is no index of weights; it is damaged"),
+    "index without files": (index_of('{"weight_map": {"a": 3}}'), "is no index of weights; it is damaged"),
+    "index of brackets": (index_of("[" * 100_000), "cannot be read as JSON"),
+    "adapter within": (lambda f: (f / "adapter_config.json").write_text("{}"), "is a model with an adapter in it"),
     "no tokenizer": (no_tokenizer, "has no tokenizer: copy"),
     "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), "cannot be loaded"),
     "no eos": (no_eos, "no end-of-text token: set eos_token"),
@@ -160,6 +180,20 @@ def test_a_broken_folder_is_one_sentence(folder, case):
 def test_a_wrong_name(spec, sentence):
     with pytest.raises(CTError, match=sentence):
         load_model(spec)
+
+
+def test_what_is_missing_in_a_folder_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CTError, match="There is no mine in the folder runs, and it is not asked of the hub"):
+        load_model("runs/mine")
+
+
+def test_an_index_on_the_hub_is_checked_too(folder, monkeypatch):
+    index(folder, "other.bin")
+    monkeypatch.setattr(ctsft.models.load, "hf_hub_download", lambda source, name: folder / name)
+    with pytest.raises(CTError, match=r"sends to other\.bin: only safetensors"):
+        check_index("some/model")
 
 
 def test_a_file_that_is_no_model(tmp_path):

@@ -1,10 +1,14 @@
 """Reading an adapter's tensors into a model: all of them checked first, then put in at once."""
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ctsft.adapter.config import CTConfig
@@ -13,6 +17,7 @@ from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.seal import check_tensors
 from ctsft.adapter.store import BASIS, CHECKSUM, COEFFICIENTS, UNIVERSAL, adapted, whole_modules
 from ctsft.errors import CTError
+from ctsft.models.reading import one_sentence
 from ctsft.spectral.basis import Basis, checksum, two_sides
 from ctsft.spectral.kinds import kind_of
 from ctsft.spectral.weights import clean_name, matrix, takes_part_transposed, width
@@ -22,6 +27,17 @@ from ctsft.spectral.weights import clean_name, matrix, takes_part_transposed, wi
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]  # name -> dtype and shape (None: checked elsewhere)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> Any:
+    """The PeftModel of `model`, in eval mode, with the adapter that lies in `folder`.
+
+    As peft.PeftModel.from_pretrained, but whatever is wrong with the folder is one CTError. It is checked before
+    `model` is touched; where only the fit is wrong, `model` has layers put in, and its own weights as they were.
+    """
+    CTConfig.from_pretrained(folder)
+    with one_sentence(folder):
+        return PeftModel.from_pretrained(model, os.fspath(folder)).eval()
 
 
 def unpack(model: nn.Module, config: CTConfig, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -53,6 +53,8 @@ def export(
 
 def load_adapted(folder: Path, model: str | None, dtype: str) -> Any:
     """(adapted model in eval mode, tokenizer, adapter folder) for the folder of an adapter or of a run."""
+    from ctsft.adapter.config import CTConfig
+    from ctsft.adapter.read import load_adapter
     from ctsft.files import read_json
     from ctsft.models.load import load_model
 
@@ -65,20 +67,18 @@ def load_adapted(folder: Path, model: str | None, dtype: str) -> Any:
         raise CTError(
             f"{folder} holds no adapter (no adapter_config.json); give the folder of an adapter or of a finished run."
         )
-    settings = read_json(folder / "adapter_config.json")
-    recorded = (
-        read_json(run / "recipe.json")["model"]
-        if (run / "recipe.json").exists()
-        else settings.get("base_model_name_or_path")
-    )
+    recorded = CTConfig.from_pretrained(folder).base_model_name_or_path  # all is checked before a model is loaded
+    if not model and (run / "recipe.json").exists():
+        recipe = read_json(run / "recipe.json")
+        recorded = recipe.get("model") if isinstance(recipe, dict) else None
+        if not isinstance(recorded, str):
+            raise CTError(f"{run / 'recipe.json'} does not name the model; it is damaged, give --model.")
     if not (model or recorded):
         raise CTError(f"{folder} does not say which model it belongs to; give --model.")
 
-    from peft import PeftModel
-
     with waiting(err, f"loading {model or recorded}"):
         loaded = load_model(model or recorded, dtype)
-        adapted = PeftModel.from_pretrained(loaded.model, os.fspath(folder)).eval()
+        adapted = load_adapter(loaded.model, folder)
     return adapted, loaded.tokenizer, folder
 
 

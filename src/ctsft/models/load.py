@@ -6,12 +6,14 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import ctsft.models.photonic  # noqa: F401  (registers its architecture with transformers)
 from ctsft.choices import DTYPES
 from ctsft.errors import CTError
-from ctsft.files import HUB_ID
+from ctsft.files import HUB_ID, read_json
 from ctsft.models.gguf import convert_once, smollm2
 from ctsft.models.reading import reading, whole
 
@@ -20,6 +22,7 @@ NOTES = {
     "smollm2-135m": "smollm2-135m has 4-bit weights, dequantised to bfloat16: its scores are not those of its makers",
     "photonic": "photonic is a laboratory model: 10 million parameters, 18 old books, contexts of 128 tokens",
 }
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def load_model(spec: str, dtype: str = "auto") -> Loaded:
     source = resolve(spec)
     tokenizer = _load_tokenizer(source)
     with reading(source):
+        check_index(source)
         model = whole(str(source), dtype=dtype, use_safetensors=True)
     return Loaded(model.eval(), tokenizer, name, str(source), NOTES.get(spec, ""))
 
@@ -98,6 +102,8 @@ def resolve(spec: str) -> Path | str:
             raise CTError(f"{spec} is neither a Hugging Face folder nor a .gguf file.")
         return convert_once(path)
     if HUB_ID.fullmatch(spec) and path.suffix != ".gguf":
+        if path.parent.is_dir():
+            raise CTError(f"There is no {path.name} in the folder {path.parent}, and it is not asked of the hub.")
         return spec
     close = difflib.get_close_matches(spec, BUILTIN, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}?" if close else "give one, a Hugging Face folder, a .gguf file or org/name."
@@ -126,7 +132,32 @@ def _checked_folder(folder: Path) -> Path:
         if pickled := sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern)):
             what = f"has only pickled weights ({pickled[0]}), which can run code when read: save it as safetensors."
         raise CTError(f"{folder} {what}")
+    if (folder / "adapter_config.json").is_file():
+        raise CTError(
+            f"{folder} is a model with an adapter in it: move the adapter to a folder of its own, or merge it."
+        )
     return folder
+
+
+def check_index(source: Path | str) -> None:
+    """CTError where the index of `source`, a folder or a hub id, maps weights to a file that is no safetensors."""
+    if isinstance(source, Path):
+        path = source / INDEX
+        if not path.is_file():
+            return
+    else:
+        try:
+            path = Path(hf_hub_download(source, INDEX))
+        except EntryNotFoundError:  # also where the hub is not asked and the cache has none
+            return
+    index = read_json(path)
+    weights = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights.values()):
+        raise CTError(f"{path} is no index of weights; it is damaged, fetch the folder again.")
+    if other := sorted(
+        name for name in weights.values() if not name.endswith(".safetensors") or Path(name).name != name
+    ):
+        raise CTError(f"{path} sends to {other[0]}: only safetensors beside it are read, for others can run code.")
 
 
 def _load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
