@@ -159,7 +159,7 @@ def test_no_file_replaces_a_weight_of_the_base(saved, key, sealed):
     change(folder, lambda t: t.update({key: torch.ones(16)}))
     if not sealed:
         unseal(folder)
-    refused(folder, f"the file holds '{key}', which is no part of this adapter and would replace a weight of the base")
+    refused(folder, f"the file has '{key}', which is no part of this adapter and would replace a weight of the base")
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import regex
 
-from ctsft.errors import CTError
+from ctsft.errors import CTError, told
 
 Form = Literal["diagonal", "core", "scores"]
 BasisKind = Literal["weight", "random", "universal", "gradient", "activation", "file"]
@@ -48,11 +48,11 @@ def compiled(pattern: str, option: str) -> Any:
     """The regular expression `pattern` of `option`; CTError where it is none, or too large to be read quickly."""
     repeats = math.prod(int(n[:9]) + 1 for n in regex.findall(r"\d+(?=\})", pattern))
     if len(pattern) > LARGEST or repeats > LARGEST:
-        raise CTError(f"the {option} pattern {pattern[:80]!r} is too long or repeats too often; write a simpler one.")
+        raise CTError(f"the {option} pattern {told(pattern)} is too long or repeats too often; write a simpler one.")
     try:
         return regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
-        raise CTError(f"the {option} pattern {pattern!r} is no regular expression: {error}.") from None
+        raise CTError(f"the {option} pattern {told(pattern)} is no regular expression: {error}.") from None
 
 
 def fits(pattern: str, name: str) -> bool:
@@ -61,7 +61,7 @@ def fits(pattern: str, name: str) -> bool:
         return regex.fullmatch(pattern, name, timeout=PATIENCE) is not None
     except TimeoutError:
         raise CTError(
-            f"the pattern {pattern!r} takes too long on {name}; write it without nested repetition."
+            f"the pattern {told(pattern)} takes too long on {name}; write it without nested repetition."
         ) from None
 
 
@@ -128,7 +128,7 @@ class AdapterOptions:
         """CTError for a value or a combination that makes no sense."""
         for k in self.k.values() if isinstance(self.k, Mapping) else [self.k]:
             if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-                raise CTError(f"k={k!r} must be a whole number of directions, at least 1.")
+                raise CTError(f"k={told(k)} must be a whole number of directions, at least 1.")
         if self.k == {}:
             raise CTError("k is an empty mapping; give an int or {module pattern: int}.")
         for pattern in self.k if isinstance(self.k, Mapping) else ():

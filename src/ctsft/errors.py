@@ -14,6 +14,12 @@ class CTError(ValueError):
     """A user's mistake, told in one sentence: what is wrong and what to do about it."""
 
 
+def told(value: object, most: int = 100) -> str:
+    """How a value that comes from a file is shown in a sentence: on one line, escaped, and no longer than `most`."""
+    shown = repr(value)
+    return shown if len(shown) <= most else f"{shown[:most]}..."
+
+
 def extra_with(package: str) -> str:
     """The first extra of ctsft that asks for `package` (a name with - for _), as installed; `all` where none does."""
     asked = (re.match(r"([\w.-]+).*extra == .([\w-]+)", line) for line in requires("ctsft") or ())

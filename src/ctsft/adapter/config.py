@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ctsft.adapter.seal import SETTINGS, TENSORS, check_tensors, foreign, hash_settings, read_settings, read_tensors
 from ctsft.choices import CHOSEN, AdapterOptions, compiled, fits
 from ctsft.compat import add_peft_type
-from ctsft.errors import CTError
+from ctsft.errors import CTError, told
 from ctsft.spectral.basis import Basis
 
 FORMAT_VERSION = 1
@@ -60,8 +60,10 @@ class CTConfig(AdapterOptions, PeftConfig):
         self.check_types()
         try:
             super().__post_init__()
-        except ValueError as error:  # an unknown task_type
-            raise CTError(str(error)) from None
+        except ValueError:  # an unknown task_type
+            raise CTError(
+                f"task_type={told(self.task_type)} is unknown; choose one of {', '.join(TaskType)}."
+            ) from None
         self.peft_type = CTSFT
         self.calibrated: dict[str, Basis] | None = None
         self.saved_as: dict[str, Any] = {}
@@ -69,12 +71,12 @@ class CTConfig(AdapterOptions, PeftConfig):
         self.unread = self.from_disk  # until `unpack` has the trained numbers
         if self.format_version != FORMAT_VERSION:
             raise CTError(
-                f"this adapter has format_version {self.format_version} and this ctsft reads {FORMAT_VERSION}; install "
-                "the ctsft that wrote it."
+                f"this adapter has format_version {told(self.format_version)} and this ctsft reads {FORMAT_VERSION}; "
+                "install the ctsft that wrote it."
             )
         for name, known in CHOSEN.items():
             if getattr(self, name) not in known:
-                raise CTError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}.")
+                raise CTError(f"{name}={told(getattr(self, name))} is unknown; choose one of {', '.join(known)}.")
         self.check()
         for name in ("target_modules", "exclude_modules"):
             if isinstance(pattern := getattr(self, name), str):
@@ -91,18 +93,23 @@ class CTConfig(AdapterOptions, PeftConfig):
             try:
                 self.k = {regex + "": k for regex, k in self.k}
             except (TypeError, ValueError):
-                raise CTError(f"k={self.k!r} is no list of pairs of a module pattern and a number.") from None
+                raise CTError(f"k={told(self.k)} is no list of pairs of a module pattern and a number.") from None
         for name, kind in types().items():
             value = getattr(self, name)
             try:
                 kind.validate_python(value)
             except ValidationError as error:
-                raise CTError(f"{name}={value!r} is of a wrong type: {error.errors()[0]['msg']}.") from None
+                raise CTError(f"{name}={told(value)} is of a wrong type: {error.errors()[0]['msg']}.") from None
+        for name in ("fingerprint", "basis_checksum"):
+            if not re.fullmatch(r"[\w-]{1,80}", str(getattr(self, name))):
+                raise CTError(f"{name}={told(getattr(self, name))} is no hash of weights; the file is damaged.")
         for name in ("layers_pattern", "modules_to_save"):  # peft reads them as parts of a regex
             value = getattr(self, name)
             for word in [value] if isinstance(value, str) else value or ():
                 if not re.fullmatch(r"[\w.-]+", word):
-                    raise CTError(f"{name}={word!r} is no name of a module; give it by letters, digits, '_' and '.'.")
+                    raise CTError(
+                        f"{name}={told(word)} is no name of a module; give it by letters, digits, '_' and '.'."
+                    )
 
     @property
     def from_disk(self) -> bool:
@@ -116,7 +123,7 @@ class CTConfig(AdapterOptions, PeftConfig):
         for pattern, k in self.k.items():
             if fits(rf"(.*\.)?(?:{pattern})", name):
                 return k
-        raise CTError(f"no pattern of k ({', '.join(self.k)}) fits {name}; add one, or '.*' as the last.")
+        raise CTError(f"no pattern of k ({told(', '.join(self.k))[1:-1]}) fits {name}; add one, or '.*' as the last.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ctsft.errors import CTError
+from ctsft.errors import CTError, told
 from ctsft.files import read_json
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,9 +52,9 @@ def read_settings(file: Path, known: Collection[str]) -> dict[str, Any]:
         raise CTError(f"{file} is no JSON object; it is damaged, take the adapter's folder anew.")
     method = settings.get("peft_type")
     if method != "CTSFT":
-        raise CTError(f"{file} is of an adapter of the method {method!r}, not CTSFT; load it with peft alone.")
+        raise CTError(f"{file} is of an adapter of the method {told(method)}, not CTSFT; load it with peft alone.")
     if unknown := sorted(settings.keys() - set(known)):
-        raise CTError(f"{file} has the unknown field {unknown[0]!r}; it is damaged, or a newer ctsft wrote it.")
+        raise CTError(f"{file} has the unknown field {told(unknown[0])}; it is damaged, or a newer ctsft wrote it.")
     sealed = settings.get("settings_hash")
     if (sealed is None) != (settings.get("tensors_hash") is None) or sealed not in (None, hash_settings(settings)):
         raise CTError(f"{file} is not as it was saved; it is damaged or was edited, take the adapter's folder anew.")
@@ -68,7 +68,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(". ")
+        reason = told(str(error))[1:-1].rstrip(". ")
         raise CTError(f"{file} is truncated or damaged ({reason}); take the adapter's folder anew.") from None
 
 
@@ -83,12 +83,12 @@ def check_tensors(tensors: Mapping[str, Tensor], whole: Collection[str], expecte
     numbers, with the hash `expected` (None: that of an old file, which has none)."""
     if extra := foreign(tensors, whole):
         raise CTError(
-            f"the file holds {extra[0]!r}, which is no part of this adapter and would replace a weight of the base; it "
-            "is damaged (a module that is trained whole has to be named in modules_to_save)."
+            f"the file has {told(extra[0])}, which is no part of this adapter and would replace a weight of the base; "
+            "it is damaged (a module that is trained whole has to be named in modules_to_save)."
         )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CTError(f"the file holds NaN or infinite numbers in {name!r}; it is damaged.")
+            raise CTError(f"the file holds NaN or infinite numbers in {told(name)}; it is damaged.")
     if "ctsft.coefficients" not in tensors or "ctsft.checksum" not in tensors:
         raise CTError(f"the file holds no CT-SFT numbers; take {TENSORS} from the same folder as {SETTINGS}.")
     if expected not in (None, hash_tensors(tensors)):

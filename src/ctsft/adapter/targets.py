@@ -10,7 +10,7 @@ from ctsft.adapter.config import CTConfig
 from ctsft.adapter.layer import CTLayer
 from ctsft.choices import fits
 from ctsft.compat import linear_names, selects, shortest_names
-from ctsft.errors import CTError
+from ctsft.errors import CTError, told
 from ctsft.spectral.weights import MATRIX_MODULES, checked
 
 
@@ -36,7 +36,9 @@ def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Modul
     unknown = [w for w in wanted if not (found and (regex or matches(w, modules)))]
     if unknown:
         there = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, MATRIX_MODULES)})
-        raise CTError(f"target_modules {unknown} match nothing in {type(model).__name__}; it has {', '.join(there)}.")
+        raise CTError(
+            f"target_modules {told(unknown)} match nothing in {type(model).__name__}; it has {', '.join(there)}."
+        )
 
     weights = {n: checked(n, modules[n]) for n in found}
     # A tied weight must have one adapter, else its uses would no longer be one matrix: all uses of each, in order.
@@ -46,9 +48,10 @@ def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Modul
             uses[id(module.weight)].append(name)
     owners = {name: names[0] for names in uses.values() for name in names[1:]}
     if config.from_disk and sorted(owners) != sorted(config.target_modules_to_tie or []):
+        was = told(config.target_modules_to_tie) if config.target_modules_to_tie else "no module"
         raise CTError(
-            f"the adapter was trained with {config.target_modules_to_tie or 'no module'} tied to a target and here it "
-            f"is {sorted(owners) or 'none'}; load the model with its weights tied as they were."
+            f"the adapter was trained with {was} tied to a target and here it is {sorted(owners) or 'none'}; load the "
+            "model with its weights tied as they were."
         )
     # Full names: peft would save the whole base embedding next to the bare name `lm_head` or `embed_tokens`.
     targets = {names[0]: modules[names[0]] for names in uses.values()}
