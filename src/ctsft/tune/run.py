@@ -128,7 +128,7 @@ def prepared(recipe: Recipe, console: Console) -> Parts:
             f"{cut.truncated} training rows were cut to {longest} tokens and {cut.dropped} dropped as too long"
         )
     for note in filter(None, (loaded.note, *notes)):
-        console.print(note, style="yellow", markup=False)
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
     model = with_adapter(recipe, loaded, train, console)
     return Parts(recipe, loaded, parameters, corpus, train, heldout, cut, notes, model, console)
 
@@ -209,17 +209,17 @@ def tune(
     if not resume:  # up to here nothing was written
         claim_folder(recipe, out)
     before = measured_before(parts, out)
-    console.print(score_line("before", before))
+    console.print(score_line("before", before), soft_wrap=True)
 
     model, folder = parts.model, out / "checkpoints"
     lr = learning_rate(model) if recipe.lr == "auto" else recipe.lr
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = trainable / parts.parameters
-    console.print(f"training {trainable:,} numbers of {parts.parameters:,} ({share:.4%}), lr {lr:g}")
+    console.print(f"training {trainable:,} numbers of {parts.parameters:,} ({share:.4%}), lr {lr:g}", soft_wrap=True)
     trainer = fit(model, parts.loaded.tokenizer, parts.train, parts.heldout, recipe, lr, folder, console.file)
     memory = extra_memory(model, trainer.optimizer)
     after, worse = measured_after(parts, before, folder / BEST)
-    console.print(score_line("after", after))
+    console.print(score_line("after", after), soft_wrap=True)
     adapter_bytes = save_adapter(model, out / "adapter")
     curve = points(trainer)
     costs = Costs(

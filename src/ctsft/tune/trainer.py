@@ -104,7 +104,7 @@ class Watch(TrainerCallback):
             if self.stopped:
                 raise KeyboardInterrupt
             self.stopped = True
-            self.shown.set_description("stopping", refresh=False)
+            self.shown.set_description_str("stopping", refresh=False)
 
         old = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
