@@ -210,6 +210,25 @@ def test_every_file_is_in_the_map_and_the_map_names_no_other():
     assert sorted(name for name, _ in rows) == sorted(name_of(p) for p in there)
 
 
+def test_the_rooms_import_what_the_page_says():
+    """Every room of the package, from the top, and which others its files import."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ?(.*) ?\|$", page, re.MULTILINE)
+    told = {room: {*re.findall(r"`(\w+)`", imports)} for room, imports in rows}
+    (small,) = re.findall(r"^\| small files: (.*?) \|", page, re.MULTILINE)
+    there = {}
+    for path in (ROOT / "src" / "ctsft").glob("**/*.py"):
+        room = path.relative_to(ROOT / "src" / "ctsft").parts[0].removesuffix(".py")
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        modules = [n.module for n in nodes if isinstance(n, ast.ImportFrom) and str(n.module).startswith("ctsft.")]
+        there.setdefault(room, set()).update(module.split(".")[1] for module in modules)
+    common = {*re.findall(r"`(\w+)`", small)}
+    assert common < {*there}
+    assert told == {r: found - common - {r} for r, found in there.items() if r not in (*common, "__init__")}
+    order = list(told)
+    assert all(order.index(room) < order.index(other) for room, imports in told.items() for other in imports)
+
+
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_paths_in_the_text_exist(path):
     """`src/...` and the like, in backticks, are files or folders of the repository."""
