@@ -157,7 +157,11 @@ def install(
     for name, layer in layers.items():
         if bases[name] is not layer.ctsft_basis[adapter_name]:
             layer.ctsft_basis[adapter_name] = bases[name]
-            layer.ctsft_coefficients[adapter_name].data = torch.zeros(numbers[name].shape)
+            parameter, zeros = layer.ctsft_coefficients[adapter_name], torch.zeros(numbers[name].shape)
+            if parameter.is_meta:  # low_cpu_mem_usage: it is assigned, and takes no data
+                layer.ctsft_coefficients[adapter_name] = nn.Parameter(zeros, parameter.requires_grad)
+            else:
+                parameter.data = zeros
             layer._move_adapter_to_device_of_base_layer(adapter_name)
     owned = {layer: numbers[name] for name, layer in layers.items()}
     state = {}

@@ -32,10 +32,15 @@ def hash_settings(settings: Mapping[str, Any]) -> str:
     return f"xxh3-{xxhash.xxh3_128_hexdigest(json.dumps(meant, sort_keys=True).encode())}"
 
 
+def plain(name: str) -> str:
+    """A tensor's name as in the bare model: peft and transformers put a prefix to the names of what they save."""
+    return name.removeprefix("base_model.model.")
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """A 128-bit hash (xxh3) of every tensor's name, dtype, shape and bytes."""
     total = xxhash.xxh3_128()
-    for name, tensor in sorted((n.removeprefix("base_model.model."), t) for n, t in tensors.items()):
+    for name, tensor in sorted(((plain(n), t) for n, t in tensors.items()), key=lambda pair: pair[0]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return f"xxh3-{total.hexdigest()}"
