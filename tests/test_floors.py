@@ -17,7 +17,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "models": ["photonic", "reading", "gguf", "load"],
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
     "adapter": [
-        *("seal", "config", "forms", "fused", "layer", "store", "read", "targets", "bases", "model", "resize"),
+        *("seal", "config", "forms", "fused", "layer", "store", "read", "bare", "targets", "bases", "model", "resize"),
         *("calibrate", "export", "rate"),
     ],
     "quantities": ["gradients", "look", "ablation"],

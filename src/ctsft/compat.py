@@ -1,4 +1,4 @@
-"""Private names of peft, torch, TRL and CPython: all that ctsft uses and that can be gathered, one function each.
+"""Private names of peft, transformers, torch, TRL and CPython: all that can be gathered, one function each.
 
 tests/test_compat.py says for each what breaks when it changes, and lists what ctsft overrides in the classes of others.
 Libraries are imported where they are asked for: `import ctsft` itself asks here, and costs nothing.
@@ -73,6 +73,36 @@ def embed_scale(layer: Any) -> "Tensor | float":
     """The factor that the embedding under peft's `layer` puts on its output (Gemma's do), float32; else 1."""
     scale = layer._get_embed_scale()
     return 1.0 if scale is None else scale.float()
+
+
+# ---- transformers
+
+
+def read_adapters_by(ours: Any) -> None:
+    """Put `ours`, a wrapper as of the package wrapt, around the method load_adapter of all transformers models."""
+    import wrapt
+    from transformers.integrations.peft import PeftAdapterMixin
+
+    if not isinstance(PeftAdapterMixin.load_adapter, wrapt.FunctionWrapper):
+        wrapt.wrap_function_wrapper(PeftAdapterMixin, "load_adapter", ours)
+
+
+def adapter_is_in(model: Any, name: str) -> bool:
+    """Whether the bare transformers `model` has an adapter `name`."""
+    return bool(model._hf_peft_config_loaded) and name in model.peft_config
+
+
+def loaded_whole(model: Any, trainable: bool) -> Any:
+    """Leave the bare transformers `model` as its load_adapter does, and give what that gives: nothing was amiss."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.utils.loading_report import LoadStateDictInfo
+
+    model._hf_peft_config_loaded = True
+    if not trainable:
+        model.eval()
+        for module in (m for m in model.modules() if isinstance(m, BaseTunerLayer)):
+            module.requires_grad_(False)  # type: ignore[attr-defined]
+    return LoadStateDictInfo(set(), set(), set(), [], {}, set())
 
 
 # ---- torch

@@ -9,12 +9,14 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from ctsft.adapter.bare import load_adapter
 from ctsft.adapter.bases import prepare
 from ctsft.adapter.config import CTSFT, CTConfig
 from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.read import unpack
 from ctsft.adapter.store import pack
 from ctsft.adapter.targets import choice
+from ctsft.compat import read_adapters_by
 from ctsft.errors import CTError
 
 
@@ -106,3 +108,4 @@ class CTModel(BaseTuner):
 
 if CTSFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="ctsft", config_cls=CTConfig, model_cls=CTModel, prefix=CTModel.prefix)
+read_adapters_by(load_adapter)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
-from ctsft.adapter.seal import check_tensors
+from ctsft.adapter.seal import check_tensors, without_prefix
 from ctsft.adapter.store import BASIS, CHECKSUM, COEFFICIENTS, UNIVERSAL, adapted, whole_modules
 from ctsft.errors import CTError
 from ctsft.models.reading import one_sentence
@@ -46,7 +46,7 @@ def unpack(model: nn.Module, config: CTConfig, adapter_name: str, tensors: dict[
     Raises CTError, with nothing installed, when the tensors are not those that were saved, do not fit the model, or
     were trained on other directions than those found here.
     """
-    layers = list(adapted(model, adapter_name))
+    layers, tensors = list(adapted(model, adapter_name)), without_prefix(tensors)
     check_read(model, config, adapter_name, tensors)
     stored = any(k.startswith("ctsft.basis") for k in tensors)
     bases = {name: layer.ctsft_basis[adapter_name] for name, layer in layers}

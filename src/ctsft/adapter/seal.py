@@ -37,6 +37,11 @@ def plain(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
+def without_prefix(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with CT-SFT's own by their plain names: a bare transformers model saves them with a prefix."""
+    return {plain(n) if plain(n).startswith("ctsft.") else n: t for n, t in tensors.items()}
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """A 128-bit hash (xxh3) of every tensor's name, dtype, shape and bytes."""
     total = xxhash.xxh3_128()
@@ -71,7 +76,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise CTError(f"{file.parent} holds no {file.name}; only safetensors are read, take the whole folder anew.")
     try:
-        return load_file(file)
+        return without_prefix(load_file(file))
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
         reason = told(str(error))[1:-1].rstrip(". ")
         raise CTError(f"{file} is truncated or damaged ({reason}); take the adapter's folder anew.") from None
@@ -80,7 +85,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def foreign(names: Iterable[str], whole: Collection[str]) -> list[str]:
     """Those of `names` in a file that are neither CT-SFT's nor of the modules `whole` that the adapter brings."""
     ours = tuple(f".{module}." for module in whole)
-    return [n for n in names if not n.startswith("ctsft.") and not any(part in f".{n}." for part in ours)]
+    return [n for n in names if not plain(n).startswith("ctsft.") and not any(part in f".{n}." for part in ours)]
 
 
 def check_tensors(tensors: Mapping[str, Tensor], whole: Collection[str], expected: str | None) -> None:
