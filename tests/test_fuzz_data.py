@@ -69,7 +69,8 @@ def reference(name, raw):
     if not text.strip():
         raise ValueError("empty")
     if name.endswith(".csv"):
-        head, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row]
+        head, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        rows = [row for row in rows if row]
         if max(map(len, rows), default=0) > len(head):
             raise ValueError("too long")
         return [dict(zip(head, row + [None] * (len(head) - len(row)), strict=True)) for row in rows]

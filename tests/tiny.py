@@ -25,12 +25,11 @@ def save_model(folder, context=128, **changes):
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2} | changes
     config = LlamaConfig(
-        vocab_size=258,
         max_position_embeddings=context,
         initializer_range=0.3,
         bos_token_id=0,
         eos_token_id=1,
-        **size,
+        **{"vocab_size": 258} | size,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

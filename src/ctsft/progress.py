@@ -63,7 +63,9 @@ def counted(text: str, file: IO[str] | None = None) -> Iterator[Callable[[int, i
 def waiting(console: "Console", text: str) -> Iterator[None]:
     """Around what has no steps to count: `text` with a spinner on a terminal, elsewhere with the seconds so far."""
     if console.is_terminal:
-        with console.status(text):
+        from rich.markup import escape
+
+        with console.status(escape(text)):
             yield
         return
     began, done = time.monotonic(), threading.Event()

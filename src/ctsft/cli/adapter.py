@@ -82,6 +82,18 @@ def load_adapted(folder: Path, model: str | None, dtype: str) -> Any:
     return adapted, loaded.tokenizer, folder
 
 
+def prompt_text(given: str | None) -> str:
+    """The prompt that is `given`, or what stands on standard input; CTError where that is no text or only blanks."""
+    try:
+        text = sys.stdin.read() if given is None else given
+        text.encode()
+    except UnicodeError:
+        raise CTError("the prompt is not UTF-8 text; give it as UTF-8.") from None
+    if not text.strip():
+        raise CTError("the prompt is empty; give --prompt or pipe a text in.")
+    return text
+
+
 def sample(
     source: Annotated[str, typer.Argument(help="Folder of a run or adapter, or a model. " + MODEL_HELP)],
     prompt: Annotated[str | None, typer.Option(help="The prompt; without it, it is read from standard input.")] = None,
@@ -92,16 +104,14 @@ def sample(
     ] = None,
 ) -> None:
     """Complete a prompt, greedily, with the model's chat template where it has one."""
-    text = sys.stdin.read() if prompt is None else prompt
-    if not text.strip():
-        raise CTError("the prompt is empty; give --prompt or pipe a text in.")
+    text = prompt_text(prompt)
     folder = Path(source)
     is_adapter = any((folder / n).exists() for n in ("adapter_config.json", "adapter", "recipe.json"))
 
     if base and not is_adapter:
         raise CTError(f"--base compares an adapter with its base, and {source} is a model; leave --base out.")
 
-    from ctsft.data.tokens import prompt_ids
+    from ctsft.data.tokens import fits, prompt_ids
     from ctsft.models.load import load_model
     from ctsft.tune.measure import generate
 
@@ -111,10 +121,11 @@ def sample(
         with waiting(err, f"loading {source}"):
             loaded = load_model(source)
         tuned, tokenizer = loaded.model, loaded.tokenizer
-    prompts = [prompt_ids({"prompt": text, "completion": ""}, tokenizer, "prompt_completion")]
+    fits(tokenizer, tuned)
     context = getattr(tuned.config, "max_position_embeddings", None)
+    prompts = [prompt_ids({"prompt": text, "completion": ""}, tokenizer, "prompt_completion", context)]
     if context and len(prompts[0]) >= context:
-        raise CTError(f"the prompt has {len(prompts[0])} tokens and the model's context {context}; shorten it.")
+        raise CTError(f"the prompt has {len(prompts[0])} tokens or more and the model's context {context}; shorten it.")
     if base and is_adapter:
         with tuned.disable_adapter():
             print("base:  " + printable(generate(tuned, tokenizer, prompts, max_new_tokens)[0]))

@@ -2,15 +2,15 @@
 
 from rich.console import Console
 
-err = Console(stderr=True)
-out_console = Console()
+err = Console(stderr=True, markup=False)  # names of files, columns and models may hold [brackets]
+out_console = Console(markup=False)
 
 MODEL_HELP = "Built-in name (smollm2-135m, photonic), Hugging Face folder, .gguf file or hub id."
 
 
 def say(text: str, style: str) -> None:
     """A sentence for a person, on standard error, as it is: brackets in it are no markup, and no line is broken."""
-    err.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    err.print(printable(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:

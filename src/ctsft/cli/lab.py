@@ -190,7 +190,7 @@ def show_verdicts(verdicts: Any) -> None:
     table = Table("", "claim", "verdict", "what was measured", title="Claims", title_justify="left")
     for one in (v for v in verdicts if v.verdict != "not applicable"):
         table.add_row(one.claim.id, one.claim.text, one.verdict, "\n".join(filter(None, (one.detail, one.control))))
-    console = out_console if out_console.is_terminal else Console(width=WIDE)
+    console = out_console if out_console.is_terminal else Console(width=WIDE, markup=False)
     console.print(table, markup=False)
     console.print(told_counts(verdicts), markup=False)
     for why, count in Counter(v.detail for v in verdicts if v.verdict == "not applicable").most_common():
@@ -204,7 +204,7 @@ def show_tables(laboratory: Any, name: str, records: Any, profile: str, protocol
 
     experiment = laboratory.experiments[name]
     found = arm_runs(laboratory, name, records, profile, protocol)
-    console = out_console if out_console.is_terminal else Console(width=WIDE)
+    console = out_console if out_console.is_terminal else Console(width=WIDE, markup=False)
     for wanted in experiment.tables:
         if not chosen(found, wanted.where):
             continue  # its arms are not in this profile

@@ -171,7 +171,7 @@ def show_sample(sample: Sample) -> None:
     }
     for label, (text, ok) in shown.items():
         mark = "" if ok is None else "[green]right[/] " if ok else "[red]wrong[/] "
-        out_console.print(f"[bold]{label:7}[/] {mark}", end="")
+        out_console.print(f"[bold]{label:7}[/] {mark}", end="", markup=True)
         out_console.print(printable(text if len(text) < 600 else text[:600] + " ..."), markup=False, highlight=False)
 
 

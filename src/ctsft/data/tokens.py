@@ -74,16 +74,17 @@ def format_rows(
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}), Cut(truncated, dropped)
 
 
-def prompt_ids(row: Fields, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[int]:
+def prompt_ids(row: Fields, tokenizer: PreTrainedTokenizerBase, kind: Kind, most: int | None = None) -> list[int]:
     """The token ids to generate from: the prompt up to the place of the completion, exactly as in `format_rows`.
 
-    Of a `text` they are the first half, at most 32 tokens.
+    Of a `text` they are the first half, at most 32 tokens. Of a prompt of more than `most` tokens, more than `most` of
+    the first. Raises CTError for an empty prompt where the tokenizer has no begin token.
     """
     if kind == "text":
         tokens = _tokenise(tokenizer, [row["text"]], True, 2 * TEXT_PROMPT_TOKENS)[0]
         return tokens[: min(TEXT_PROMPT_TOKENS, math.ceil(len(tokens) / 2))]
     head, _ = _head_and_tail(row, tokenizer)
-    if ids := _tokenise(tokenizer, [head], bos=not tokenizer.chat_template)[0]:
+    if ids := _tokenise(tokenizer, [head], not tokenizer.chat_template, most)[0]:
         return ids
     raise CTError("an empty prompt leaves nothing to start from, this model has no begin token: put a word into it.")
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from ctsft.errors import CTError
@@ -138,7 +138,9 @@ def inspection_table(result: dict[str, Any]) -> Table:
     """An `inspect_model` result as a rich table: a row per kind of matrix, the mean and the range over the blocks."""
     universal, groups = result["universal"], by_kind(result)
     table = Table(
-        title=f"{result['model']}: {result['parameters']:,} parameters, {len(result['matrices'])} matrices",
+        title=Text(
+            f"{result['model']}: {result['parameters']:,} parameters, {len(result['matrices'])} matrices", "table.title"
+        ),
         caption=f"mean over the blocks, and the range below it; energy: share of the squared norm in the top "
         f"{result['k']} directions\nuniversal basis: the top {universal['k']} of {result['d_model']} directions hold "
         f"{universal['explained']:.1%} of the squared norm of {universal['members']} matrices",
@@ -155,16 +157,18 @@ def inspection_table(result: dict[str, Any]) -> Table:
     ):
         table.add_column(head, justify="right", no_wrap=True)
 
-    def cell(entries: list[dict[str, Any]], key: str, form: str) -> str:
+    def cell(entries: list[dict[str, Any]], key: str, form: str) -> Text:
         values = [entry[key] for entry in entries]
         mean = format(sum(values) / len(values), form)
-        return mean if len(values) == 1 else f"{mean}\n[dim]{min(values):{form}} - {max(values):{form}}[/dim]"
+        return Text.assemble(
+            mean, ("" if len(values) == 1 else f"\n{min(values):{form}} - {max(values):{form}}", "dim")
+        )
 
     for (kind, (d_out, d_in)), placed in list(groups.items())[:KINDS]:
         entries = [entry for _, entry in placed]
         formats = (("effective_rank", ".0f"), ("stable_rank", ".1f"), ("energy_top_k", ".0%"), ("largest", ".3g"))
         table.add_row(
-            f"{escape(kind)}\n[dim]{f'{len(entries)} of ' if len(entries) > 1 else ''}{d_out} x {d_in}[/dim]",
+            Text.assemble(kind, (f"\n{f'{len(entries)} of ' if len(entries) > 1 else ''}{d_out} x {d_in}", "dim")),
             *(cell(entries, key, form) for key, form in formats),
         )
     if len(groups) > KINDS:
@@ -179,7 +183,7 @@ def universal_table(result: dict[str, Any]) -> Table:
     table = Table(
         "directions K",
         "share of the squared norm of all rows",
-        title=f"{result['model']}: {universal['members']} matrices of width {result['d_model']}",
+        title=Text(f"{result['model']}: {universal['members']} matrices of width {result['d_model']}", "table.title"),
         box=box.SIMPLE_HEAD,
         title_justify="left",
     )

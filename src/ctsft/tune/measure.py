@@ -140,7 +140,8 @@ def measure(
     `watch(total)` gives a progress bar over rows scored and prompts answered.
     """
     wanted = len(corpus.examples[: recipe.eval_rows]) or min(recipe.samples, len(corpus.heldout))
-    prompts = [prompt_ids(corpus.heldout[i], tokenizer, corpus.kind) for i in range(wanted)]
+    context = getattr(model.config, "max_position_embeddings", None)
+    prompts = [prompt_ids(corpus.heldout[i], tokenizer, corpus.kind, context) for i in range(wanted)]
     with watch(len(rows) + len(prompts)) as shown:
         loss, tokens = heldout_loss(model, rows, tokenizer.pad_token_id, progress=shown.update)
         texts = generate(model, tokenizer, prompts, recipe.max_new_tokens, progress=shown.update)

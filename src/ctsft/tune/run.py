@@ -21,7 +21,7 @@ from ctsft.adapter.config import CTConfig
 from ctsft.adapter.rate import learning_rate
 from ctsft.adapter.store import adapted, save_adapter
 from ctsft.data.rows import Corpus, load_corpus
-from ctsft.data.tokens import Cut, format_rows
+from ctsft.data.tokens import Cut, fits, format_rows
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, read_json, versions, write_json
 from ctsft.models.load import Loaded, load_model
@@ -113,6 +113,7 @@ def prepared(recipe: Recipe, console: Console) -> Parts:
         loaded = load_model(recipe.model, recipe.dtype)
         if torch.cuda.is_available():
             loaded.model.to("cuda")  # type: ignore[arg-type]
+    fits(loaded.tokenizer, loaded.model)
     parameters = sum(p.numel() for p in loaded.model.parameters())
     longest = min(recipe.max_length, getattr(loaded.model.config, "max_position_embeddings", None) or recipe.max_length)
     with waiting(console, f"reading {recipe.data}"):
@@ -200,7 +201,7 @@ def tune(
     mistake, Stopped when the user interrupts the training.
     """
     out = Path(out)
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, markup=False)
     check_folder(recipe, out, resume, overwrite)
     torch.set_num_threads(recipe.threads)
     transformers_logging.set_verbosity_error()
