@@ -8,7 +8,7 @@ import peft.config
 import peft.utils.save_and_load
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from ctsft import CTConfig, CTError, save_adapter
@@ -356,3 +356,9 @@ def test_a_resized_vocabulary_is_not_saved_into_a_file_that_cannot_be_read(tmp_p
 
 def test_sets_of_names_are_written_in_order():
     assert CTConfig(target_modules={"v_proj", "q_proj"}).to_dict()["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_tensors_of_another_base_that_are_put_onto_an_adapter_are_told_as_such():
+    model = adapt(tiny())
+    with pytest.raises(CTError, match=r"in 14 of 14 matrices .*: they are of another base, seed or kind of basis\."):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(randomise(adapt(tiny(seed=7)))))

@@ -105,6 +105,21 @@ REFUSED = {
         r"target_modules \['query', 'value'\] match nothing in LlamaForCausalLM; it has down_proj, embed_tokens, gate",
     ),
     "one unknown target": (tiny, {"target_modules": ["q_proj", "vproj"]}, r"target_modules \['vproj'\] match nothing"),
+    "all excluded": (
+        tiny,
+        {"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]},
+        r"of target_modules \['q_proj'\] nothing is left: exclude_modules, .* leave all of them out",
+    ),
+    "a regex, and all excluded": (
+        tiny,
+        {"target_modules": ".*q_proj", "exclude_modules": ".*attn.*"},
+        r"nothing is left: exclude_modules",
+    ),
+    "no such block": (
+        tiny,
+        {"target_modules": ["q_proj"], "layers_to_transform": [9]},
+        r"nothing is left: .* layers_to_transform leave all",
+    ),
     "a regex that fits nothing": (
         tiny,
         {"target_modules": r".*query"},

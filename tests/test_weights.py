@@ -282,3 +282,9 @@ def test_rounding_the_weights_changes_the_fingerprint():
     base, rounded = tiny(), tiny(dtype=torch.bfloat16)
     marks = {fingerprint((n, m.weight) for n, m in matrices(x)) for x in (base, tiny(), rounded)}
     assert len(marks) == 2
+
+
+def test_a_linear_that_is_not_torch_s_own_is_told_as_such():
+    special = type("Linear", (nn.Module,), {"__module__": "quantised.nn"})()
+    with pytest.raises(CTError, match=r"q_proj is a quantised\.nn\.Linear, not torch's own; CT-SFT adapts Linear"):
+        checked("q_proj", special)

@@ -123,6 +123,11 @@ def under_functorch() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def uncompiled(model: Any) -> Any:
+    """The module that torch.compile wrapped as `model`, else `model` itself: its names have no wrapper in them."""
+    return getattr(model, COMPILED.rstrip("."), model)
+
+
 def unwrapped(name: str) -> str:
     """The name of a module without what FSDP and torch.compile put into it."""
     return name.replace(FSDP, "").replace(COMPILED, "")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ctsft.adapter.bases import check_k
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.targets import find_targets
+from ctsft.compat import uncompiled
 from ctsft.errors import CTError
 from ctsft.progress import watched
 from ctsft.spectral.kinds import KINDS, kind_of
@@ -27,7 +28,7 @@ def calibrate(model: nn.Module, config: CTConfig, batches: Iterable[Mapping[str,
         made_so = " and ".join(f"basis='{name}'" for name, kind in KINDS.items() if kind.calibration)
         raise CTError(f"basis='{config.basis}' needs no data; calibrate is for {made_so}.")
     config = copy.deepcopy(config)
-    modules, _ = find_targets(model, config)
+    modules, _ = find_targets(uncompiled(model), config)
     ks = {n: config.k_for(n) for n in modules}
     for name, module in modules.items():
         check_k(config, name, matrix(module), ks[name])

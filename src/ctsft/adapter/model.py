@@ -16,7 +16,7 @@ from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.read import unpack
 from ctsft.adapter.store import pack
 from ctsft.adapter.targets import choice
-from ctsft.compat import read_adapters_by
+from ctsft.compat import read_adapters_by, uncompiled
 from ctsft.errors import CTError
 
 
@@ -29,6 +29,7 @@ class CTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        model = uncompiled(model)  # else names of a compiled base would be other ones
         self.prepared = prepare(model, config)
         targets = config.target_modules
         kwargs.pop("state_dict", None)  # targets come from the config alone: the packed file does not name them
@@ -57,7 +58,7 @@ class CTModel(BaseTuner):
         layer = target if isinstance(target, CTLayer) else kind(target)
         prepared = self.prepared
         if current_key in prepared.owners:
-            owner = self.model.get_submodule(prepared.owners[current_key])
+            owner = uncompiled(self.model).get_submodule(prepared.owners[current_key])
             assert isinstance(owner, CTLayer)
             layer.share(adapter_name, owner)
         else:

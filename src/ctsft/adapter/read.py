@@ -72,6 +72,11 @@ def unpack(model: nn.Module, config: CTConfig, adapter_name: str, tensors: dict[
             rotated.append(clean_name(name))
     if rotated and stored:
         raise CTError(f"the basis in the file is not the one that was saved (first: {rotated[0]}); it is damaged.")
+    if rotated and not (config.unread and config.from_disk):  # nobody has compared the base weights
+        raise CTError(
+            f"the directions here are not those that the tensors were saved with in {len(rotated)} of {len(layers)} "
+            f"matrices (first: {rotated[0]}): they are of another base, seed or kind of basis."
+        )
     if rotated:
         raise CTError(
             f"the directions recomputed here differ from those that the adapter was trained on in {len(rotated)} of "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ctsft.adapter.bases import check_k, make_bases
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.store import base_fingerprint, layers_of
+from ctsft.compat import uncompiled
 from ctsft.errors import CTError
 from ctsft.spectral.weights import checked
 
@@ -29,7 +30,7 @@ def resize(
     layers = layers_of(model, adapter_name, " to resize")
     if any(isinstance(m, CTLayer) and m.merged for m in model.modules()):
         raise CTError("an adapter is merged into these weights; unmerge it before K is changed.")
-    bare = getattr(getattr(model, "base_model", None), "model", model)
+    bare = uncompiled(getattr(getattr(model, "base_model", None), "model", model))
     names = {id(m): n for n, m in bare.named_modules()}
     first = next(iter(layers.values()))
     old = first.ctsft_config[adapter_name]

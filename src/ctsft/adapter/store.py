@@ -57,11 +57,16 @@ def base_fingerprint(model: nn.Module, config: CTConfig, targets: dict[str, nn.M
     return fingerprint((n, m.base_weight() if isinstance(m, CTLayer) else m.weight) for n, m in members.items())  # type: ignore[misc]
 
 
+def sharded(model: nn.Module) -> bool:
+    """Whether weights of `model` lie in pieces on several devices (FSDP2): frozen ones are those of before."""
+    return any(type(p.data).__name__ == "DTensor" for p in model.parameters())
+
+
 def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors to save for `adapter_name`, its numbers read from `state_dict`; `config` notes how it was done."""
-    layers = {clean_name(n): (n.removeprefix(FSDP), m) for n, m in adapted(model, adapter_name)}
+    layers = {clean_name(n): (n.replace(FSDP, ""), m) for n, m in adapted(model, adapter_name)}
     made_from = next(m.ctsft_fingerprint[adapter_name] for _, m in layers.values())
-    now = base_fingerprint(model, config, {n: m for n, (_, m) in layers.items()})
+    now = made_from if sharded(model) else base_fingerprint(model, config, {n: m for n, (_, m) in layers.items()})
     kind = kind_of(config.basis)
     stored = config.store_basis or kind.stored or now != made_from
     shared = kind.shared and not FORMS[config.form].both  # one tensor serves all matrices
@@ -96,7 +101,7 @@ def whole_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            name = name.removeprefix(FSDP)
+            name = name.replace(FSDP, "")
             pairs = module.adapter_state_dict_load_map(adapter_name).items()
             found |= {f"{name}.{own}": f"{name}.{in_file}" for in_file, own in pairs}
     return found

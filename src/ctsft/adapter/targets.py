@@ -34,6 +34,14 @@ def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Modul
     regex = isinstance(config.target_modules, str)
     wanted = [str(config.target_modules)] if regex else sorted(config.target_modules)
     unknown = [w for w in wanted if not (found and (regex or matches(w, modules)))]
+    if unknown and not found:
+        free = copy.copy(config)
+        free.exclude_modules = free.modules_to_save = free.layers_to_transform = free.layers_pattern = None
+        if any(choice(free, n) for n in modules):
+            raise CTError(
+                f"of target_modules {told(wanted)} nothing is left: exclude_modules, modules_to_save or "
+                "layers_to_transform leave all of them out."
+            )
     if unknown:
         there = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, MATRIX_MODULES)})
         raise CTError(

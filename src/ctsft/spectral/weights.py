@@ -41,9 +41,11 @@ def clean_name(name: str) -> str:
 def checked(name: str, module: nn.Module) -> Tensor:
     """The (d_out, d_in) weight of `module`, or CTError where no spectrum can be taken of it."""
     if not isinstance(module, MATRIX_MODULES):
+        kind = type(module).__name__
+        if kind in {known.__name__ for known in MATRIX_MODULES}:  # a quantised Linear has the name of torch's own
+            kind = f"{type(module).__module__}.{kind}, not torch's own"
         raise CTError(
-            f"{name} is a {type(module).__name__}; CT-SFT adapts Linear, Conv1D and Embedding, so leave it out of "
-            "target_modules."
+            f"{name} is a {kind}; CT-SFT adapts Linear, Conv1D and Embedding, so leave it out of target_modules."
         )
     weight = module.weight
     if weight.is_meta:
