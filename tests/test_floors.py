@@ -23,7 +23,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "quantities": ["gradients", "look", "ablation"],
     "probe": [],
     "pages": ["words", "plot", "render"],
-    "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "run"],
+    "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "folder", "run"],
     "lab": [
         *("schedule", "spec", "records", "rates", "own", "experiments", "methods", "sources", "prefix", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),

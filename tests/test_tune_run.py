@@ -18,8 +18,8 @@ from ctsft.data.rows import load_corpus
 from ctsft.data.tokens import format_rows
 from ctsft.errors import CTError
 from ctsft.files import read_json, versions, write_json
+from ctsft.tune import folder, trainer
 from ctsft.tune import run as train
-from ctsft.tune import trainer
 from ctsft.tune.recipe import make_recipe
 from ctsft.tune.record import Scores, read_run
 from ctsft.tune.run import tune
@@ -304,8 +304,8 @@ def kill_while_measuring(patch, time):
 
 
 def kill_while_writing(patch, name):
-    original = train.write_json
-    patch.setattr(train, "write_json", lambda path, value: die() if path.name == name else original(path, value))
+    for module in (train, folder):
+        patch.setattr(module, "write_json", lambda path, value: die() if path.name == name else write_json(path, value))
 
 
 def kill_in_a_checkpoint(patch):
@@ -530,7 +530,7 @@ def test_overwrite_removes_the_old_run_and_nothing_else(stopped, unbroken, recip
 
 def test_overwrite_killed_half_way_leaves_a_run_that_can_be_resumed(stopped, unbroken, recipe, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_json", die)  # the last thing: the new recipe
+        patch.setattr(folder, "write_json", die)  # the last thing: the new recipe
         with pytest.raises(SystemExit):
             quiet(recipe(seed=7), stopped, overwrite=True)
     assert_same_run(stopped, quiet(recipe(), stopped, resume=True), *unbroken)
@@ -538,7 +538,7 @@ def test_overwrite_killed_half_way_leaves_a_run_that_can_be_resumed(stopped, unb
 
 def test_a_kill_while_the_folder_was_made_blocks_nothing(recipe, tmp_path):
     (tmp_path / ".recipe.json-123").write_text("{")
-    train.check_folder(recipe(), tmp_path, resume=False, overwrite=False)
+    folder.check_folder(recipe(), tmp_path, resume=False, overwrite=False)
 
 
 def test_a_rate_that_is_too_high_is_one_sentence(recipe, tmp_path):
@@ -549,7 +549,7 @@ def test_a_rate_that_is_too_high_is_one_sentence(recipe, tmp_path):
 def test_unknown_fields_of_an_older_record_are_named(recipe, tmp_path):
     write_json(tmp_path / "recipe.json", recipe().values() | {"colour": "red"})
     with pytest.raises(CTError, match="colour='red'"):
-        train.check_folder(recipe(), tmp_path, resume=True, overwrite=False)
+        folder.check_folder(recipe(), tmp_path, resume=True, overwrite=False)
 
 
 # ---- what the run says

@@ -48,7 +48,8 @@ def inspect_model(model: nn.Module, k: int = 64, progress: Progress | None = Non
 
 def universal_curve(values: Tensor, k: int, members: int) -> dict[str, Any]:
     """What `inspect_model` tells of a universal basis, from its eigenvalues `values` (d_model,), descending."""
-    share, d_model = (values.cumsum(0) / values.sum()).tolist(), len(values)
+    total, d_model = values.sum(), len(values)
+    share = (values.cumsum(0) / (total if total > 0 else 1)).tolist()  # of a model of zeros: 0
     counts = sorted({2**i for i in range(d_model.bit_length())} | {d_model})
     return {
         "k": min(k, d_model),

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -134,24 +135,41 @@ def measure(
     rows: Sequence[Tokens],
     recipe: Recipe,
     watch: Callable[[int], Any],
+    generating: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Measured:
     """Held-out loss, generations, and for `sql` the execution accuracy with its 95% interval.
 
-    `watch(total)` gives a progress bar over rows scored and prompts answered.
+    `watch(total)` gives a progress bar over rows scored and prompts answered. `generating()` is around all that follows
+    the loss: where it lets an error pass, there are no texts.
     """
     wanted = len(corpus.examples[: recipe.eval_rows]) or min(recipe.samples, len(corpus.heldout))
     context = getattr(model.config, "max_position_embeddings", None)
     prompts = [prompt_ids(corpus.heldout[i], tokenizer, corpus.kind, context) for i in range(wanted)]
+    accuracy: Accuracy | None = None
+    texts: list[str] = []
+    ok: list[bool | None] = []
     with watch(len(rows) + len(prompts)) as shown:
         loss, tokens = heldout_loss(model, rows, tokenizer.pad_token_id, progress=shown.update)
-        texts = generate(model, tokenizer, prompts, recipe.max_new_tokens, progress=shown.update)
-    accuracy: Accuracy | None = None
-    ok: list[bool | None] = [None] * len(texts)
-    if corpus.examples:
-        texts = [extract_sql(t) for t in texts]
-        ok = [execution_match(t, e) for t, e in zip(texts, corpus.examples, strict=False)]
-        accuracy = accuracy_of(ok, [e.kind for e in corpus.examples[: len(ok)]])
+        with generating():
+            texts, ok, accuracy = answers(model, tokenizer, corpus, prompts, recipe, shown.update)
     return Measured(heldout_loss=loss, heldout_tokens=tokens, accuracy=accuracy, texts=texts, ok=ok)
+
+
+def answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    prompts: Sequence[list[int]],
+    recipe: Recipe,
+    progress: Callable[[int], object],
+) -> tuple[list[str], list[bool | None], Accuracy | None]:
+    """What the model writes for `prompts`, and for `sql` whether each is right and how many are."""
+    texts = generate(model, tokenizer, prompts, recipe.max_new_tokens, progress=progress)
+    if not corpus.examples:
+        return texts, [None] * len(texts), None
+    texts = [extract_sql(t) for t in texts]
+    ok: list[bool | None] = [execution_match(t, e) for t, e in zip(texts, corpus.examples, strict=False)]
+    return texts, ok, accuracy_of(ok, [e.kind for e in corpus.examples[: len(ok)]])
 
 
 def accuracy_of(ok: Sequence[bool | None], kinds: Sequence[str]) -> Accuracy:
@@ -167,7 +185,10 @@ def accuracy_of(ok: Sequence[bool | None], kinds: Sequence[str]) -> Accuracy:
 
 
 def spectra(model: PeftModel, progress: Callable[[int, int, str], None]) -> list[Spectrum]:
-    """Per adapted matrix: its spectrum's summary, and how far training moved it (|dW| / |W|, Frobenius norms)."""
+    """Per adapted matrix: its spectrum's summary, and how far training moved it (|dW| / |W|, Frobenius norms).
+
+    Of a matrix of zeros, |dW| / |W| is 0 where training left it so, and None where it moved.
+    """
     layers = {clean_name(n): m for n, m in adapted(model, "default")}
     table = spectra_of(
         model.get_base_model(), list(layers), {n: m.ready("default").k for n, m in layers.items()}, progress
@@ -180,6 +201,7 @@ def spectra(model: PeftModel, progress: Callable[[int, int, str], None]) -> list
         else:  # |L R|^2 = tr(L'L R R')
             moved = float(((left.T @ left) * (right @ right.T)).sum().clamp(min=0).sqrt())
         row["coefficient_norm"] = float(layer.ctsft_coefficients["default"].detach().norm())
-        row["delta_over_weight"] = moved / float(layer.base_weight().float().norm())
+        weight = float(layer.base_weight().float().norm())
+        row["delta_over_weight"] = moved / weight if weight else 0.0 if moved == 0 else None
         del row["spectrum"]
     return [Spectrum(**row) for row in table]

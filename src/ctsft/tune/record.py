@@ -99,7 +99,7 @@ class Spectrum(Part):
     k: int
     largest: float
     coefficient_norm: float
-    delta_over_weight: float
+    delta_over_weight: float | None  # None where the matrix is zero and training moved it
 
 
 class Sample(Part):
@@ -109,6 +109,15 @@ class Sample(Part):
     after: str
     before_ok: bool | None
     after_ok: bool | None
+
+
+class Sources(Part):
+    """What a run was started from, as hashes: the recipe, the rows, the same rows in tokens, the model's weights."""
+
+    recipe: str
+    data: str
+    tokens: str
+    weights: str
 
 
 class Worse(Part):
@@ -139,10 +148,11 @@ class RunRecord(Part):
     steps: int
     resumed: bool | int
     worse: Worse | None = None
+    problems: list[str] = []  # what failed after the training, a sentence each
 
     def values(self) -> dict[str, Any]:
-        """The content of run.json; `worse` is there only where it says something."""
-        return self.model_dump(exclude=set() if self.worse else {"worse"})
+        """The content of run.json; `worse` and `problems` are there only where they say something."""
+        return self.model_dump(exclude={name for name in ("worse", "problems") if not getattr(self, name)})
 
     @property
     def warning(self) -> str:

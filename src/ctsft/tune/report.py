@@ -23,7 +23,7 @@ def write_report(run: RunRecord, path: Path) -> None:
     The page needs nothing from outside it and runs no script. Losses are in nats per token. Parts of the run that are
     empty or null (accuracy, samples, curve, spectra) are left out.
     """
-    spectra = sorted(run.spectra, key=lambda row: -row.delta_over_weight)
+    spectra = sorted(run.spectra, key=lambda row: -moved(row))
     values = {
         "run": run,
         "result": result_sentence(run),
@@ -36,12 +36,17 @@ def write_report(run: RunRecord, path: Path) -> None:
         "lines": lines(run.spectra),
         "spectra": spectra,
         "open_rows": OPEN_ROWS,
-        "largest_delta": max((row.delta_over_weight for row in spectra), default=0) or 1,
+        "largest_delta": max((row.delta_over_weight or 0 for row in spectra), default=0) or 1,
     }
     write_page("report.html", path, values)
 
 
 # ---- words and numbers
+
+
+def moved(row: Spectrum) -> float:
+    """|dW| / |W| of a matrix; infinite where W is zero and dW is not."""
+    return math.inf if row.delta_over_weight is None else row.delta_over_weight
 
 
 def sides(run: RunRecord) -> list[tuple[str, Scores]]:
@@ -149,7 +154,11 @@ def depth_plots(spectra: list[Spectrum]) -> list[str]:
     quantities: list[tuple[str, str, Callable[[Spectrum], float]]] = [
         ("energy", "energy in the top K", lambda row: row.energy_top_k),
         ("rank", "effective rank / smaller side", lambda row: row.effective_rank / min(row.shape)),
-        ("change", "|\N{GREEK CAPITAL LETTER DELTA}W| / |W|", lambda row: row.delta_over_weight),
+        (
+            "change",
+            "|\N{GREEK CAPITAL LETTER DELTA}W| / |W|",
+            lambda row: math.nan if row.delta_over_weight is None else row.delta_over_weight,
+        ),
     ]
     return [
         plot(draw_depth(spectra, value, title), (3.3, 2.3), name, f"{title}, over the blocks")

@@ -3,7 +3,9 @@
 import platform
 import shutil
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import zip_longest
@@ -23,12 +25,23 @@ from ctsft.adapter.store import adapted, save_adapter
 from ctsft.data.rows import Corpus, load_corpus
 from ctsft.data.tokens import Cut, fits, format_rows
 from ctsft.errors import CTError
-from ctsft.files import cpu_name, read_json, versions, write_json
+from ctsft.files import cpu_name, versions, write_json
 from ctsft.models.load import Loaded, load_model
 from ctsft.progress import counted, waiting, watched
 from ctsft.spectral.kinds import needs_data
+from ctsft.spectral.weights import fingerprint
+from ctsft.tune.folder import (
+    check_folder,
+    check_sources,
+    claim_folder,
+    hashed,
+    locked,
+    read_sealed,
+    sweep,
+    write_sealed,
+)
 from ctsft.tune.measure import Tokens, collate, measure, spectra
-from ctsft.tune.recipe import ADAPTER, FIELDS, Recipe, read_recipe
+from ctsft.tune.recipe import ADAPTER, Recipe
 from ctsft.tune.record import (
     Costs,
     DataFacts,
@@ -39,10 +52,12 @@ from ctsft.tune.record import (
     RunRecord,
     Sample,
     Scores,
+    Sources,
+    Spectrum,
     Worse,
 )
 from ctsft.tune.report import write_report
-from ctsft.tune.trainer import BEST, COMPLETE, CTTrainer, State, extra_memory, fit, read_best, restore, state_of
+from ctsft.tune.trainer import BEST, CTTrainer, State, extra_memory, fit, read_best, restore, state_of
 
 
 @dataclass
@@ -57,46 +72,34 @@ class Parts:
     heldout: list[Tokens]
     cut: Cut
     notes: list[str]
+    sources: Sources
     model: PeftModel
     console: Console
+    problems: list[str] = field(default_factory=list)  # what failed after the training, a sentence each
 
-    def measure(self, when: str) -> Measured:
-        """The scores of the model as it now is; `when` is told to whoever waits."""
+    def measure(self, when: str, generating: Any = nullcontext) -> Measured:
+        """The scores of the model as it now is; `when` is told to whoever waits, and `generating()` is around what is
+        not the held-out loss."""
         bar = partial(watched, None, f"measuring {when}", file=self.console.file)
-        return measure(self.model, self.loaded.tokenizer, self.corpus, self.heldout, self.recipe, bar)
+        return measure(self.model, self.loaded.tokenizer, self.corpus, self.heldout, self.recipe, bar, generating)
+
+    def tell(self, sentence: str, style: str = "yellow") -> None:
+        self.console.print(sentence, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def surviving(self, what: str) -> Iterator[None]:
+        """Around what comes after the training: where it fails, that is told, and costs neither adapter nor record."""
+        try:
+            yield
+        except Exception as error:
+            self.problems.append(f"{what} failed ({reason(error)}); all else of the run is there.")
+            self.tell(self.problems[-1], "red")
 
 
-def check_folder(recipe: Recipe, out: Path, resume: bool, overwrite: bool) -> None:
-    """CTError where `out` holds another run, a finished one, none to resume, or something that is not ours."""
-    known, finished = out / "recipe.json", (out / "run.json").exists()
-    if known.exists():
-        old = read_recipe(known)
-        if resume and finished:
-            raise CTError(f"the run in {out} is finished; its report is {out / 'report.html'}.")
-        if resume and old != recipe:
-            wrong = [n for n in FIELDS if getattr(old, n) != getattr(recipe, n)]
-            raise CTError(f"the run in {out} was started with other {', '.join(wrong)}; resume it without giving them.")
-        if not resume and not overwrite:
-            state, choices = (
-                ("finished", "replace") if finished else ("unfinished", "continue it with --resume, replace")
-            )
-            raise CTError(f"{out} holds a run that is {state}; {choices} it with --overwrite, or give another --out.")
-    elif resume:
-        raise CTError(f"{out} holds no run to resume; start one without --resume.")
-    elif out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())):
-        raise CTError(f"{out} exists and is no run of ctsft; give another --out.")
-
-
-def claim_folder(recipe: Recipe, out: Path) -> None:
-    """Make `out` the folder of a new run. Of a run before it only what a run itself writes is removed, nothing else."""
-    for name in ("run.json", "report.html", "before.json"):  # run.json first: what remains is an unfinished run
-        (out / name).unlink(missing_ok=True)
-    for mark in (out / "checkpoints").glob(f"checkpoint-*/{COMPLETE}"):
-        mark.unlink()
-    for name in ("checkpoints", "adapter"):
-        if (out / name).exists():
-            shutil.rmtree(out / name)
-    write_json(out / "recipe.json", recipe.values())
+def reason(error: Exception) -> str:
+    """An exception of any library in a few words."""
+    told = " ".join(str(error).split())
+    return f"{type(error).__name__}: {told[:200].rstrip('. ')}" if told else type(error).__name__
 
 
 def adapter_config(recipe: Recipe, dtype: torch.dtype) -> CTConfig:
@@ -111,6 +114,7 @@ def prepared(recipe: Recipe, console: Console) -> Parts:
     """The model with a fresh adapter, and the rows. CTError for whatever does not fit together."""
     with waiting(console, f"loading {recipe.model}"):
         loaded = load_model(recipe.model, recipe.dtype)
+        weights = fingerprint(loaded.model.named_parameters())
         if torch.cuda.is_available():
             loaded.model.to("cuda")  # type: ignore[arg-type]
     fits(loaded.tokenizer, loaded.model)
@@ -123,6 +127,12 @@ def prepared(recipe: Recipe, console: Console) -> Parts:
         train, cut = format_rows(corpus.train, loaded.tokenizer, corpus.kind, longest)
         scored = corpus.heldout.select(range(min(recipe.eval_rows, len(corpus.heldout))))
         heldout: list[Tokens] = list(format_rows(scored, loaded.tokenizer, corpus.kind, longest)[0])
+        sources = Sources(
+            recipe=hashed([recipe.values()]),
+            data=hashed(row for part in (corpus.train, [None], corpus.heldout) for row in part),
+            tokens=hashed(row for part in (train, [None], heldout) for row in part),
+            weights=weights,
+        )
     notes = [*corpus.notes]
     if cut.truncated or cut.dropped:
         notes.append(
@@ -131,7 +141,7 @@ def prepared(recipe: Recipe, console: Console) -> Parts:
     for note in filter(None, (loaded.note, *notes)):
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     model = with_adapter(recipe, loaded, train, console)
-    return Parts(recipe, loaded, parameters, corpus, train, heldout, cut, notes, model, console)
+    return Parts(recipe, loaded, parameters, corpus, train, heldout, cut, notes, sources, model, console)
 
 
 def with_adapter(recipe: Recipe, loaded: Loaded, train: datasets.Dataset, console: Console) -> PeftModel:
@@ -148,10 +158,15 @@ def with_adapter(recipe: Recipe, loaded: Loaded, train: datasets.Dataset, consol
 def measured_before(parts: Parts, out: Path) -> Measured:
     """The scores of the untouched model; measured once, and read from before.json when the run goes on."""
     path = out / "before.json"
-    if not path.exists():
-        with parts.model.disable_adapter():
-            write_json(path, parts.measure("the model as it is").model_dump())
-    return Measured.model_validate(read_json(path))
+    if path.exists():
+        try:
+            return read_sealed(path, Measured)
+        except CTError:
+            parts.tell(f"{path} is damaged; the model as it is, is measured again.")
+    with parts.model.disable_adapter():
+        measured = parts.measure("the model as it is")
+    write_sealed(path, measured)
+    return measured
 
 
 def round_trained(model: PeftModel, dtype: Any) -> None:
@@ -172,8 +187,9 @@ def measured_after(parts: Parts, before: Measured, best: Path) -> tuple[Measured
 
     Tried in turn, until the loss is no higher than before: the state in the file `best`, and the start.
     """
+    writing = partial(parts.surviving, "writing answers after the training")
     round_trained(parts.model, parts.recipe.save_dtype)
-    end = parts.measure("the tuned model")
+    end = parts.measure("the tuned model", writing)
     if not rose(before, end):
         return end, None
     tried = [(end, parts.recipe.steps, state_of(parts.model))]
@@ -182,7 +198,7 @@ def measured_after(parts: Parts, before: Measured, best: Path) -> tuple[Measured
     for step, state in candidates.items():
         restore(parts.model, state)
         round_trained(parts.model, parts.recipe.save_dtype)
-        tried.append((parts.measure(f"the state after step {step}"), step, state_of(parts.model)))
+        tried.append((parts.measure(f"the state after step {step}", writing), step, state_of(parts.model)))
         if not rose(before, tried[-1][0]):
             break
     after, step, state = min(tried, key=lambda one: one[0].heldout_loss)
@@ -197,29 +213,47 @@ def tune(
 
     Leaves `adapter/` (PEFT), `report.html`, `recipe.json` and, last of all, `run.json`. Stopped or killed at any moment
     once recipe.json is there, it continues with `resume` to the same numbers as an unbroken run. A run whose held-out
-    loss rose keeps the best state it saw, and its record says so (`worse`, `warning`). Raises CTError for a user's
-    mistake, Stopped when the user interrupts the training.
+    loss rose keeps the best state it saw, and its record says so (`worse`, `warning`). What fails after the training
+    (answers, spectra, report) is told, is in the record (`problems`), and costs nothing else. Raises CTError for a
+    user's mistake, another process at work in `out` among them, and Stopped when the user interrupts the training.
     """
     out = Path(out)
     console = console or Console(stderr=True, markup=False)
-    check_folder(recipe, out, resume, overwrite)
-    torch.set_num_threads(recipe.threads)
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-    parts = prepared(recipe, console)
-    if not resume:  # up to here nothing was written
-        claim_folder(recipe, out)
+    with locked(out):
+        check_folder(recipe, out, resume, overwrite)
+        torch.set_num_threads(recipe.threads)
+        transformers_logging.set_verbosity_error()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
+        parts = prepared(recipe, console)
+        if resume:
+            check_sources(parts.sources, recipe, out, parts.tell)
+        else:  # up to here nothing was written
+            claim_folder(recipe, parts.sources, out)
+        sweep(out)
+        return trained(parts, out, resume)
+
+
+def trained(parts: Parts, out: Path, resumed: bool) -> RunRecord:
+    """Measure, train, measure again, and leave adapter, report and record in `out`, which is this run's."""
+    recipe, model, console, folder = parts.recipe, parts.model, parts.console, out / "checkpoints"
     before = measured_before(parts, out)
     console.print(score_line("before", before), soft_wrap=True)
-
-    model, folder = parts.model, out / "checkpoints"
     lr = learning_rate(model) if recipe.lr == "auto" else recipe.lr
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = trainable / parts.parameters
     console.print(f"training {trainable:,} numbers of {parts.parameters:,} ({share:.4%}), lr {lr:g}", soft_wrap=True)
     trainer = fit(model, parts.loaded.tokenizer, parts.train, parts.heldout, recipe, lr, folder, console.file)
     memory = extra_memory(model, trainer.optimizer)
-    after, worse = measured_after(parts, before, folder / BEST)
+    try:
+        after, worse = measured_after(parts, before, folder / BEST)
+    except CTError:
+        raise
+    except Exception as error:
+        save_adapter(model, out / "adapter")
+        raise CTError(
+            f"measuring the tuned model failed ({reason(error)}); {out / 'adapter'} holds the adapter as it then was, "
+            "and --resume tries again."
+        ) from error
     console.print(score_line("after", after), soft_wrap=True)
     adapter_bytes = save_adapter(model, out / "adapter")
     curve = points(trainer)
@@ -229,11 +263,14 @@ def tune(
         extra_memory_bytes=memory,
         seconds=curve[-1].seconds,
     )
-    run = record_of(parts, before, after, worse, curve, costs, lr, resume)
-    write_report(run, out / "report.html")
+    run = record_of(parts, before, after, worse, curve, costs, lr, resumed)
+    with parts.surviving("writing the report"):
+        write_report(run, out / "report.html")
+    run.problems = parts.problems
     write_json(out / "run.json", run.values())
     shutil.rmtree(folder, ignore_errors=True)
-    (out / "before.json").unlink()
+    for name in ("before.json", "sources.json"):
+        (out / name).unlink()
     return run
 
 
@@ -256,7 +293,8 @@ def record_of(
 ) -> RunRecord:
     """The record of a run that has been measured; its spectra are read here."""
     recipe, loaded, corpus = parts.recipe, parts.loaded, parts.corpus
-    with counted("reading the spectra", parts.console.file) as show:
+    table: list[Spectrum] = []
+    with parts.surviving("reading the spectra"), counted("reading the spectra", parts.console.file) as show:
         table = spectra(parts.model, show)
     return RunRecord(
         name=f"{loaded.name} on {corpus.name}, {recipe.title}",
@@ -291,6 +329,7 @@ def record_of(
         steps=recipe.steps,
         resumed=resumed,
         worse=worse,
+        problems=[*parts.problems],
     )
 
 

@@ -2,16 +2,19 @@
 
 import math
 import os
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
 import torch
+import xxhash
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -93,6 +96,7 @@ class Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        shutil.copyfile(Path(args.output_dir) / BEST, folder / BEST)
         write_text(folder / COMPLETE, inventory(folder))
         self.saved = time.monotonic()
 
@@ -121,8 +125,8 @@ class KeepBest(TrainerCallback):
     """Keeps the state with the lowest held-out loss on the way, the start included, in the file `path`.
 
     `loss()` is over a batch of held-out rows, always the same ones: one forward pass at most every eighth step, about a
-    twentieth of the training time. Nothing is drawn at random, so training goes on to the same bits. After a kill the
-    file may be ahead of the checkpoint: the steps in between come again with the same numbers and change nothing.
+    twentieth of the training time. Nothing is drawn at random, so training goes on to the same bits. Every checkpoint
+    has a copy of the file as it then was.
     """
 
     def __init__(self, model: PeftModel, loss: Callable[[], float], path: Path, steps: int) -> None:
@@ -170,20 +174,37 @@ def restore(model: PeftModel, state: State) -> None:
 
 
 def inventory(folder: Path) -> str:
-    """The files of a checkpoint and their sizes in bytes."""
-    return "".join(f"{f.name} {f.stat().st_size}\n" for f in sorted(folder.iterdir()) if f.name != COMPLETE)
+    """The files of a checkpoint with a hash (xxh3, 128 bits) of the content of each."""
+    files = [f for f in sorted(folder.iterdir()) if f.name != COMPLETE]
+    return "".join(f"{f.name} {xxhash.xxh3_128_hexdigest(f.read_bytes())}\n" for f in files)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; those that a kill left half-written, or half-deleted, are removed."""
-    found = []
+def last_checkpoint(folder: Path, tell: Callable[[str], object] = print) -> Path | None:
+    """The newest whole checkpoint. Those that a kill left half-written, or half-deleted, are removed; so are damaged
+    ones, of which `tell` gets a sentence each."""
+    found: list[tuple[int, Path]] = []
     for path in folder.glob("checkpoint-*"):
+        step = re.fullmatch(r"checkpoint-(\d{1,18})", path.name)
+        if not step or not path.is_dir():
+            continue
         mark = path / COMPLETE
-        if mark.exists() and mark.read_text(encoding="utf-8") == inventory(path):
-            found.append(path)
+        if mark.exists() and mark.read_bytes() == inventory(path).encode():
+            found.append((int(step[1]), path))
         else:
+            if mark.exists():
+                tell(f"{path} is damaged; the run goes on from before it.")
             shutil.rmtree(path)
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+    return max(found, default=(0, None))[1]
+
+
+def last_state(folder: Path, tell: Callable[[str], object] = print) -> Path | None:
+    """As `last_checkpoint`; the file of the best state in `folder` becomes the one that belongs to it, if any."""
+    checkpoint, best = last_checkpoint(folder, tell), folder / BEST
+    best.unlink(missing_ok=True)
+    if checkpoint is not None:
+        with replacing(best) as scratch:
+            shutil.copyfile(checkpoint / BEST, scratch)
+    return checkpoint
 
 
 def extra_memory(model: Any, optimizer: torch.optim.Optimizer | None) -> int:
@@ -242,6 +263,7 @@ def fit(
     The best state by the first of the `heldout` rows is left in `folder` (see KeepBest). `file` gets the progress.
     """
     few, pad = heldout[: recipe.batch_size], tokenizer.pad_token_id
+    checkpoint = last_state(folder, lambda told: print(told, file=file))
     with watched(text="training", total=recipe.steps, file=file) as shown:
         watch = Watch(shown)
         best = KeepBest(model, lambda: heldout_loss(model, few, pad)[0], folder / BEST, recipe.steps)
@@ -254,9 +276,11 @@ def fit(
             callbacks=[watch, best],
         )
         trainer.remove_callback(PrinterCallback)  # Watch shows instead
-        checkpoint = last_checkpoint(folder)
         with watch.catching_signals():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+            try:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else os.fspath(checkpoint))
+            except UnpicklingError:  # torch reads tensors and plain values only, and refuses all else
+                raise CTError(f"{checkpoint} cannot be read: it holds more than numbers; delete it.") from None
     if watch.stopped:
         raise Stopped(trainer.state.global_step)
     return trainer
