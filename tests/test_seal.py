@@ -332,6 +332,15 @@ def test_a_missing_file_is_not_asked_of_the_hub(saved, monkeypatch, tmp_path):
         CTConfig.from_pretrained(saved[0])
 
 
+@pytest.mark.parametrize("subfolder", (None, "of/it"))
+def test_what_can_be_a_name_on_the_hub_is_asked_of_it(subfolder, saved, monkeypatch):
+    """And is checked as a folder is."""
+    edit(saved[0], colour=1)
+    monkeypatch.setattr(peft.config, "hf_hub_download", lambda *args, **kwargs: str(saved[0] / SETTINGS))
+    with pytest.raises(CTError, match="unknown field 'colour'"):
+        CTConfig.from_pretrained("organisation/adapter", subfolder)
+
+
 def test_the_base_is_as_it_was_after_a_refusal(saved):
     folder, _ = saved
     model = base()

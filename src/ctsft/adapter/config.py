@@ -133,7 +133,7 @@ class CTConfig(AdapterOptions, PeftConfig):
         local path is never asked of the hub. A basis_file beside the adapter is found.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if is_local(folder):
+        if is_local(Path(pretrained_model_name_or_path)):
             config = cls.from_peft_type(**read_settings(folder / SETTINGS, known_fields()))
             if config.from_disk or (folder / TENSORS).exists():
                 config.check_tensors(read_tensors(folder / TENSORS))
