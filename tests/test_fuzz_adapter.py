@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import time
 import warnings
 from collections import Counter
@@ -18,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from command import assert_one_sentence
 from ctsft import CTError, save_adapter
 from ctsft.adapter.read import load_adapter
+from fuzz import changed, outcome
 from helpers import adapt, logits, randomise, tiny
 
 FILE, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-CASES = int(os.environ.get("CTSFT_FUZZ", "400"))
+CASES = int(os.environ.get("CTSFT_FUZZ", "300"))
 SECONDS = 20  # for one case, on a busy machine: an honest one takes hundredths
 
 UNTIED = {"tie_word_embeddings": False}
@@ -47,21 +47,7 @@ ADAPTERS = {  # name -> (options of the adapter, of the base)
 
 
 def some_bytes(rng, data):
-    """`data` with a bit flipped, a piece overwritten, cut out, moved or doubled, or its end cut off."""
-    at = rng.randrange(len(data) or 1)
-    size = rng.choice((1, 2, 4, 16, 100))
-    piece = data[at : at + size]
-    return rng.choice(
-        (
-            lambda: data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :],
-            lambda: data[:at] + rng.randbytes(len(piece)) + data[at + len(piece) :],
-            lambda: data[:at] + bytes(len(piece)) + data[at + len(piece) :],
-            lambda: data[:at] + data[at + size :],
-            lambda: data[:at] + piece + data[at:],
-            lambda: data[:at],
-            lambda: data + rng.randbytes(size),
-        )
-    )()
+    return changed(data, rng.getrandbits(63))
 
 
 def parts(folder):
@@ -303,28 +289,19 @@ def good(tmp_path_factory):
     return folder, worlds
 
 
-def late(*_):
-    raise TimeoutError(f"a case took more than {SECONDS} s")
-
-
 def unseal(folder):
     settings = json.loads((folder / SETTINGS).read_text())
     kept = {n: v for n, v in settings.items() if not n.endswith("_hash")}
     (folder / SETTINGS).write_text(json.dumps(kept))
 
 
-def outcome(folder, base):
+def loaded(folder, base):
     """What loading gives: a CTError, or the logits, on a base whose own weights are left as they were."""
     model = deepcopy(base)
     before = [(p, p.detach().clone()) for p in model.parameters()]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = logits(load_adapter(model, folder))
-    except CTError as error:
-        result = error
-        text = str(error)
-        assert "\n" not in text and text.endswith(".") and len(text) < 1000, text
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = outcome(lambda: logits(load_adapter(model, folder)), SECONDS)
     for parameter, own in before:
         assert torch.equal(parameter, own), "a weight of the base has changed"
     return result
@@ -336,7 +313,6 @@ def test_the_same_numbers_or_one_sentence(good, sealed):
     folder, worlds = good
     counts, slowest, start = Counter(), (0.0, ""), time.monotonic()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.signal(signal.SIGALRM, late)
     for seed in range(CASES if sealed else CASES // 4):
         rng = random.Random(seed)
         name, kind = rng.choice(sorted(ADAPTERS)), sorted(KINDS)[seed % len(KINDS)]
@@ -347,14 +323,11 @@ def test_the_same_numbers_or_one_sentence(good, sealed):
         if not sealed:
             unseal(case)
         KINDS[kind](rng, case)
-        signal.alarm(SECONDS)
         began = time.monotonic()
         try:
-            result = outcome(case, base)
+            result = loaded(case, base)
         except BaseException as error:
             raise AssertionError(f"seed {seed}: {kind} of {name!r}: {type(error).__name__}: {error}") from error
-        finally:
-            signal.alarm(0)
         slowest = max(slowest, (time.monotonic() - began, f"seed {seed}, {kind}"))
         refused = isinstance(result, CTError)
         same = not refused and result.shape == wanted.shape and torch.equal(result, wanted)
