@@ -563,3 +563,19 @@ def test_a_bfloat16_basis_is_rounded_once_and_the_same_everywhere(form, basis, d
         assert_same_bits(layer.get_delta_weight("default"), owners(model)[name].get_delta_weight("default"))
     assert_close(logits(other), logits(twin(model, tiny(dtype=dtype).float())), 1e-5)
     assert_close(logits(model), logits(other), ROUNDING[dtype] * 10)
+
+
+@pytest.mark.parametrize("shape", ("llama", "gpt2"))
+def test_the_layers_tell_their_sizes_as_a_linear_does(shape):
+    for name, layer in owners(adapt(tiny(shape))).items():
+        base = tiny(shape).get_submodule(name)
+        sizes = (base.nf, base.nx) if shape == "gpt2" else (base.out_features, base.in_features)
+        assert (layer.out_features, layer.in_features) == sizes
+
+
+def test_the_trained_numbers_are_float32_whatever_is_asked(tmp_path):
+    model = get_peft_model(tiny(dtype=torch.bfloat16), CTConfig(k=4), autocast_adapter_dtype=False)
+    save_adapter(model, tmp_path / "a")
+    again = PeftModel.from_pretrained(tiny(dtype=torch.bfloat16), tmp_path / "a", autocast_adapter_dtype=False)
+    for one in (model, again):
+        assert {c.dtype for c in coefficients(one).values()} == {torch.float32}

@@ -209,6 +209,14 @@ class CTLayer(nn.Module, BaseTunerLayer):
 class CTLinear(CTLayer):
     """Adapters of a Linear or Conv1D. One adapter on a bare, frozen Linear goes the fast way: the same, in one node."""
 
+    @property
+    def in_features(self) -> int:
+        return matrix(self.get_base_layer()).shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return matrix(self.get_base_layer()).shape[0]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = [] if self.disable_adapters or self.merged else self.present()
         if len(names) != 1 or self.replaces(names[0]) or not self.bare(x):
