@@ -192,6 +192,16 @@ def test_extract_sql_leaves_every_gold_statement_as_it_is():
         assert extract_sql(f"{e.completion} SELECT 1;\n") == e.completion
 
 
+@pytest.mark.parametrize(
+    "part", ["\n", "\n ", "SELECT ", "WITH ", "WITH\n", "```", "```a", "'", "SELECT '\"", "\n\t", "--\n"]
+)
+def test_extract_sql_takes_no_longer_than_its_text(part):
+    started = time.process_time()
+    extract_sql(part * 50_000)
+    extract_sql(f"SELECT 1{part * 50_000}x")
+    assert time.process_time() - started < 5
+
+
 def test_execution_accuracy_is_the_fraction_that_matches():
     golds = [f"```sql\n{e.completion}\n```" for e in TRAIN[:4]]
     assert execution_accuracy(golds, TRAIN[:4]) == 1.0
