@@ -14,6 +14,7 @@ from peft.utils import load_peft_weights
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from ctsft.adapter.config import CTSFT, CTConfig
+from ctsft.adapter.seal import plain
 from ctsft.compat import adapter_is_in, loaded_whole
 from ctsft.errors import CTError
 
@@ -47,5 +48,5 @@ def load_adapter(theirs: Any, model: Any, args: tuple[Any, ...], kwargs: dict[st
         tensors = load_peft_weights(str(source), device=str(model.device), **where)
     config.inference_mode = not trainable
     inject_adapter_in_model(config, model, name)
-    set_peft_model_state_dict(model, tensors, name)
+    set_peft_model_state_dict(model, {plain(n): tensor for n, tensor in tensors.items()}, name)
     return loaded_whole(model, trainable)

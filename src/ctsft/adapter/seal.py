@@ -84,8 +84,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def foreign(names: Iterable[str], whole: Collection[str]) -> list[str]:
     """Those of `names` in a file that are neither CT-SFT's nor of the modules `whole` that the adapter brings."""
-    ours = tuple(f".{module}." for module in whole)
-    return [n for n in names if not plain(n).startswith("ctsft.") and not any(part in f".{n}." for part in ours)]
+    ours = tuple(f"{module}." for module in whole)  # peft goes by the ends of names: `norm` is input_layernorm as well
+    return [n for n in names if not plain(n).startswith("ctsft.") and not any(part in f"{n}." for part in ours)]
 
 
 def check_tensors(tensors: Mapping[str, Tensor], whole: Collection[str], expected: str | None) -> None:

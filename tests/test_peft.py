@@ -1,0 +1,64 @@
+"""CT-SFT where users of peft and transformers expect what LoRA does: each way in and out of a model, and the files."""
+
+import pytest
+from peft import PeftModel
+
+from ctsft import CTConfig, save_adapter
+from helpers import adapt, assert_same_bits, logits, randomise, ready_config, tiny
+
+# ---- transformers: add_adapter, load_adapter and save_pretrained
+
+
+def added(**options):
+    """A tiny transformers model with an adapter of its own, as if after training."""
+    model = tiny()
+    model.add_adapter(ready_config(model, **options))
+    return randomise(model).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"basis": "gradient", "target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["norm"], "save_dtype": "float16", "k": {"q_proj": 2, ".*": 3}},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # transformers calls its own
+def test_what_transformers_saves_is_read_by_peft_and_by_transformers(options, tmp_path):
+    model = added(**options)
+    if "modules_to_save" in options:
+        model.model.norm.modules_to_save["default"].weight.data += 0.5
+    if "save_dtype" in options:
+        for name, parameter in model.named_parameters():
+            if "ctsft_coefficients" in name:
+                parameter.data = parameter.data.half().float()
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "a")  # over an older one
+    assert_same_bits(logits(PeftModel.from_pretrained(tiny(), tmp_path / "a").eval()), logits(model))
+    again = tiny()
+    info = again.load_adapter(str(tmp_path / "a"))
+    assert not info.missing_keys and not info.unexpected_keys
+    assert_same_bits(logits(again.eval()), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # peft, of any second adapter
+@pytest.mark.parametrize("options", [{}, {"basis": "activation"}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_transformers_loads_what_peft_saved(options, tmp_path):
+    model = randomise(adapt(tiny(), **options))
+    save_adapter(model, tmp_path / "a")
+    other = tiny()
+    other.load_adapter(str(tmp_path / "a"), adapter_name="mine", low_cpu_mem_usage=True)
+    assert_same_bits(logits(other), logits(model))
+    if not options:  # transformers cannot have modules_to_save in one of two
+        other.add_adapter(CTConfig(k=2), "two")
+        other.set_adapter("mine")
+        assert_same_bits(logits(other), logits(model))
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_tensors_at_hand_are_loaded_by_transformers(prefix):
+    model, other = added(), tiny()
+    tensors = {f"{prefix}{name}": tensor for name, tensor in model.get_adapter_state_dict().items()}
+    other.load_adapter(peft_config=CTConfig(k=4), adapter_state_dict=tensors)
+    assert_same_bits(logits(other), logits(model))
