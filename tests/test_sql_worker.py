@@ -19,12 +19,15 @@ from ctsft.data.sql.execution import execution_match
 from ctsft.data.sql.query import MAX_CHARACTERS, MAX_ROWS, MAX_SQL, PROGRAM, answer_of, database_of
 from ctsft.data.sql.worker import WORKER, Worker
 from ctsft.errors import CTError
+from fuzz import TOKENS, budget, changed, outcome, seeds
 from test_sql_examples import ALL
 from test_sql_execution import ONE
 
 TEN = "(SELECT 1 AS x" + " UNION ALL SELECT 1" * 9 + ")"
 SLOW = f"SELECT COUNT(*) FROM {', '.join(f'{TEN} AS t{i}' for i in range(14))}"
 DEAF = "SELECT printf('%.*c', 1000000000, 'x')"  # one call of a function, which SQLite cannot interrupt
+
+SQL = (*TOKENS, b"(", b")", b"'", b" OR ", b" NOT ", b" UNION SELECT ", b" JOIN ", b", ", b"*", b";", b"--", b"x'00ff'")
 
 BAD = {
     "a text of 1 GB": DEAF,
@@ -150,6 +153,18 @@ def test_any_text_gets_the_answer_that_sqlite_gives(text):
     assert WORKER.answer(ONE.ddl, f"SELECT '{text}', a FROM t", 1.0) == answer_of(
         database, f"SELECT '{text}', a FROM t", 1.0
     )
+    database.close()
+
+
+@budget(300)
+@given(seed=seeds())
+def test_a_damaged_query_gets_the_answer_that_sqlite_gives(seed):
+    """`CTSFT_FUZZ` says how many (see `fuzz`)."""
+    e = ALL[seed % len(ALL)]
+    sql = changed(e.completion.encode(), seed, SQL).decode("utf-8", "surrogateescape")
+    database = database_of(e.ddl)
+    assert outcome(lambda: WORKER.answer(e.ddl, sql, 1.0), 20) == answer_of(database, sql, 1.0)
+    assert outcome(lambda: execution_match(sql, e), 20) in (True, False)
     database.close()
 
 
