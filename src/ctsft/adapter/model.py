@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 from torch import Tensor, nn
 
+from ctsft.adapter.arithmetic import add_weighted
 from ctsft.adapter.bare import load_adapter
 from ctsft.adapter.bases import prepare
 from ctsft.adapter.config import CTSFT, CTConfig
@@ -66,6 +67,14 @@ class CTModel(BaseTuner):
             layer.update_layer(adapter_name, peft_config, basis, k, prepared.fingerprint)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the adapter `adapter_name`, the sum of `adapters` times `weights`; see `arithmetic.add_weighted`."""
+        if combination_type != "linear":
+            raise CTError(f"combination_type={combination_type!r} is unknown; CT-SFT has linear, which is exact.")
+        add_weighted(self.model, self.peft_config, adapters, weights, adapter_name)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
         """Tied weights share one adapter and are merged once (see Prepared.owners): nothing to warn of."""
