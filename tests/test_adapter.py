@@ -579,3 +579,11 @@ def test_the_trained_numbers_are_float32_whatever_is_asked(tmp_path):
     again = PeftModel.from_pretrained(tiny(dtype=torch.bfloat16), tmp_path / "a", autocast_adapter_dtype=False)
     for one in (model, again):
         assert {c.dtype for c in coefficients(one).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("options", [{}, {"form": "core"}, {"form": "scores", "basis": "universal"}], ids=str)
+def test_a_model_on_the_meta_device_tells_its_shapes(options):
+    model = adapt(tiny(), **options)
+    wanted = logits(model).shape
+    found = model.to("meta")(input_ids=ids().to("meta")).logits
+    assert found.is_meta and found.shape == wanted

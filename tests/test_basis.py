@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctsft.adapter.store import TOLERANCE
+from ctsft.adapter.read import TOLERANCE
 from ctsft.spectral.basis import (
     BLOCK,
     Basis,

@@ -111,7 +111,7 @@ class CTLayer(nn.Module, BaseTunerLayer):
                 f"adapter {name!r} was configured from disk but its weights were never loaded; use "
                 "peft.PeftModel.from_pretrained(model, folder)."
             )
-        return basis
+        return basis.on_meta() if cast(Tensor, self.get_base_layer().weight).is_meta else basis
 
     def coefficients(self, name: str) -> Tensor:
         """The trained numbers of adapter `name` in float32; for `replace`, the whole scores of the new W."""
@@ -236,6 +236,7 @@ class CTLinear(CTLayer):
             and not any(p.requires_grad for p in base.parameters(recurse=False))
             and not does_more(base)
             and x.dtype == base.weight.dtype
+            and not x.is_meta  # which has no autocast to ask for
             and not torch.is_autocast_enabled(x.device.type)
             and not torch.compiler.is_compiling()
             and not under_functorch()

@@ -58,6 +58,11 @@ class Basis:
             if factor.device != device:
                 factor.data = factor.data.to(device)
 
+    def on_meta(self) -> "Basis":
+        """The shapes of the factors, without their numbers: for a model on the meta device, where only shapes count."""
+        u, vh, start = (None if f is None else f.to("meta") for f in (self.u, self.vh, self.start))
+        return Basis(u, vh, start)
+
     def view(self, k: int) -> "Basis":
         """The first `k` directions as views of these factors: no memory of their own."""
         u, vh, start = self.u, self.vh, self.start
