@@ -149,7 +149,69 @@ MISTAKES = {
     "nothing there": (["--resume"], "no run to resume"),
     "out below a file": (["--out", "/dev/null/run"], "/dev/null"),
     "out is a file": (["--out", "/dev/null"], "no run of ctsft"),
+    "threads": (["--threads", "100000"], "threads=100000", "less than or equal to 1024"),
+    "k beyond all": (["--k", "9" * 20], "k=99999999999999999999"),
+    "k of many digits": (["--k", "9" * 10_000], "--k '999", "is neither a number"),
+    "k of many digits by pattern": (["--k", "q_proj=" + "9" * 10_000], "--k 'q_proj=999", "is neither a number"),
+    "large k": (["--k", "1000000000"], "k=1000000000 is more than the 32 directions"),
+    "steps": (["--steps", "9" * 15], "steps=999999999999999"),
+    "lr of many digits": (["--lr", "9" * 10_000], "lr=inf"),
+    "heldout of many digits": (["--heldout", "9" * 10_000], "heldout=inf"),
+    "markup in model": (["--model", "[red]x[/x]"], "[red]x[/x]"),
 }
+
+
+def test_an_option_of_many_digits_is_no_traceback(ctsft, files, tmp_path):
+    """What the command line itself refuses, it tells in its own way."""
+    code, out, err = ctsft("tune", *options(files), "--out", tmp_path / "run", "--steps", "9" * 10_000)
+    assert (code, out) == (2, "") and "--steps" in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_markup_in_out_is_taken_as_it_is(ctsft, files, tmp_path):
+    out = tmp_path / "[red]x[" / "x]"  # as a path, [red]x[/x]
+    code, printed, err = ctsft("tune", *options(files), "--out", out)
+    assert code == 0 and str(out / "report.html") in printed.replace("\n", "") and "Traceback" not in err
+    assert_one_sentence(ctsft("tune", *options(files), "--out", out), f"{out} holds a run that is finished")
+
+
+RUINS = {  # a file of a stopped run, what then is in it, and what is told of it
+    "recipe.json is a list": ("recipe.json", "[]", "recipe.json is not from this ctsft"),
+    "recipe.json has wrong types": ("recipe.json", '{"k": {}, "steps": [1]}', "k={}", "steps=[1]"),
+    "recipe.json has 10,000 digits": ("recipe.json", '{"k": ' + "9" * 10_000 + "}", "recipe.json cannot be read"),
+    "recipe.json is nested": ("recipe.json", "[" * 100_000, "recipe.json cannot be read as JSON"),
+    "recipe.json is no UTF-8": ("recipe.json", b"\xff", "recipe.json cannot be read as JSON"),
+    "run.json is damaged": ("run.json", "{", "is finished"),
+    "sources.json is a list": ("sources.json", "[1]", "sources.json is damaged"),
+}
+
+
+@pytest.fixture
+def stopped(ctsft, files, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit", interrupt)
+        assert ctsft("tune", *options(files), "--out", tmp_path / "run")[0] == 130
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", RUINS)
+def test_a_ruined_file_of_a_run_is_one_sentence_and_costs_nothing(name, ctsft, stopped):
+    file, content, *words = RUINS[name]
+    (stopped / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = {p.name: p.read_bytes() for p in stopped.iterdir() if p.is_file()}
+    assert_one_sentence(ctsft("tune", "--resume", "--out", stopped), *words)
+    assert {p.name: p.read_bytes() for p in stopped.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.parametrize("content", ["[]", '{"heldout_loss": "x"}', "{", "9" * 10_000])
+def test_a_ruined_before_json_is_measured_again_and_that_is_told(content, ctsft, stopped):
+    wanted = (stopped / "before.json").read_text()
+    (stopped / "before.json").write_text(content)
+    code, _, err = ctsft("tune", "--resume", "--out", stopped)
+    assert code == 0 and "before.json is damaged; the model as it is, is measured again." in err
+    assert (
+        json.loads((stopped / "run.json").read_text())["before"]["heldout_loss"] == json.loads(wanted)["heldout_loss"]
+    )
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -40,6 +40,13 @@ def test_a_clause_a_field_with_its_value():
     assert wrong_fields(refused(k=13), {"k": 13}) == "all: Value error, 13 is unlucky"
 
 
+def test_what_is_long_is_cut_and_stays_on_one_line():
+    k = {f"{i}\n" * 400: "x" * 10_000 for i in range(500)}
+    told = wrong_fields(refused(k=k))
+    assert told.endswith("; and 493 more") and len(told) < 3_000 and told.isprintable()  # k is no int, either
+    assert wrong_fields(refused(k=k), {"k": k}).startswith("k={'0\\n0\\n") and len(wrong_fields(refused(k=k))) < 3_000
+
+
 def test_a_missing_extra_is_one_sentence():
     with (
         pytest.raises(CTError, match=r"^no-such-package is needed here .*: pip install 'ctsft\[tune\]'\.$"),

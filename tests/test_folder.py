@@ -149,8 +149,11 @@ def test_scratch_of_killed_runs_is_swept_and_nothing_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def make_world(place):
     """A model, rows, a run stopped after the fourth of six steps, with two checkpoints, and the same run unbroken."""
-    place = tmp_path_factory.mktemp("world")
     given = tiny.save_model(place / "llama"), tiny.save_rows(place / "rows.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "write_report", lambda run, path: path.write_text(run.name))

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from pydantic import ValidationError
 
 
+PLACES = 8  # wrong fields that a sentence names
+
+
 class CTError(ValueError):
     """A user's mistake, told in one sentence: what is wrong and what to do about it."""
 
@@ -40,18 +43,26 @@ def needs(extra: str = "") -> Iterator[None]:
         ) from None
 
 
+def shown(text: str, most: int = 200) -> str:
+    """The beginning of a text that is not ours as it may stand in a sentence: on one line, nothing but characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+
+
 def wrong_fields(error: "ValidationError", values: Mapping[str, Any] | None = None, whole: str = "all") -> str:
     """What pydantic found wrong, a clause a place: `arms.0.seeds: Input should be ...; all: ...`.
 
     Given the `values` that were refused, a clause a field, with its value: `k=0 (Input should be ..., or: ...)`.
-    `whole` names the place of what is wrong with all fields together.
+    `whole` names the place of what is wrong with all fields together. Long values are cut, and after a few places
+    there is only their number.
     """
     found: dict[str, list[str]] = {}
     for e in error.errors():
         path = list(map(str, e["loc"])) or [whole]
         found.setdefault(path[0] if values else ".".join(path), []).append(e["msg"])
-    given = values or {}
-    return "; ".join(
-        f"{place}={given[place]!r} ({', or: '.join(why)})" if place in given else f"{place}: {', or: '.join(why)}"
-        for place, why in found.items()
-    )
+    clauses, given = [], values or {}
+    for place, reasons in list(found.items())[:PLACES]:
+        named, why = shown(place, 80), shown(", or: ".join(reasons))
+        value = f"={shown(repr(given[place]), 80)} ({why})" if place in given else f": {why}"
+        clauses.append(named + value)
+    more = len(found) - PLACES
+    return "; ".join(clauses) + (f"; and {more} more" if more > 0 else "")

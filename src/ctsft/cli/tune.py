@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from ctsft.cli.console import err, out_console, printable, say
-from ctsft.errors import CTError
+from ctsft.errors import CTError, shown
 from ctsft.files import cores
 from ctsft.pages.words import duration, size
 from ctsft.progress import waiting
@@ -33,14 +33,14 @@ def parse_k(text: str) -> int | dict[str, int]:
             return int(text)
         return {p: int(k) for p, _, k in (part.rpartition("=") for part in text.split(","))}
     except ValueError:
-        raise CTError(f"--k {text!r} is neither a number nor pattern=number,pattern=number.") from None
+        raise CTError(f"--k {shown(text)!r} is neither a number nor pattern=number,pattern=number.") from None
 
 
 def parse_lr(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
     except ValueError:
-        raise CTError(f"--lr {text!r} is neither a number nor auto.") from None
+        raise CTError(f"--lr {shown(text)!r} is neither a number nor auto.") from None
 
 
 PARSERS: dict[str, Callable[[str], Any]] = {"k": parse_k, "lr": parse_lr}

@@ -16,18 +16,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from ctsft.errors import CTError
+from ctsft.errors import CTError, shown
 
 READABLE = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 OPENERS: dict[str, Callable[..., Any]] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
 BLOCK_CHARACTERS = 1500
 
 Located = tuple[str, Any]  # a place, and what stands there
-
-
-def shown(text: str, most: int = 200) -> str:
-    """The beginning of a text that is not ours as it may stand in a sentence: on one line, nothing but characters."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
 
 
 def read_file(path: Path) -> Iterator[Located]:

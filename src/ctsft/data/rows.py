@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import datasets
 
-from ctsft.data.read import OPENERS, READABLE, Located, read_file, read_hub, shown
+from ctsft.data.read import OPENERS, READABLE, Located, read_file, read_hub
 from ctsft.data.sql.examples import generate
 from ctsft.data.sql.execution import Example
-from ctsft.errors import CTError
+from ctsft.errors import CTError, shown
 from ctsft.files import HUB_ID
 
 Kind = Literal["prompt_completion", "text"]

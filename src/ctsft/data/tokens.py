@@ -10,10 +10,9 @@ import datasets
 import jinja2
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ctsft.data.read import shown
 from ctsft.data.rows import Fields, Kind
 from ctsft.data.template import is_bounded
-from ctsft.errors import CTError
+from ctsft.errors import CTError, shown
 
 TEXT_PROMPT_TOKENS = 32
 BATCH = 2**20  # characters that are tokenised together: what that takes is many times their size

@@ -37,4 +37,5 @@ def write_page(
     """
     here = environment()
     here.filters.update(filters or {})
-    write_text(Path(path), here.get_template(template).render(palette=palette, **values))
+    page = here.get_template(template).render(palette=palette, **values)
+    write_text(Path(path), page.encode("utf-8", "replace").decode())  # JSON knows halves of characters, a file does not

@@ -11,7 +11,8 @@ from ctsft.choices import AdapterOptions, BasisDtype, ModelDtype, SaveDtype, abo
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_json
 
-Count = Annotated[int, Field(ge=1)]
+MOST = 1_000_000_000  # of anything that is counted: far beyond use, and within what torch counts with
+Count = Annotated[int, Field(ge=1, le=MOST)]
 ADAPTER = {field.name: field for field in dataclasses.fields(AdapterOptions)}
 
 
@@ -61,10 +62,10 @@ class Recipe(AdapterOptions):
     prompt_column: str | None = option("Model and data", None, "Name of the column with prompts, where it is another.")
     completion_column: str | None = option("Model and data", None, "Name of the column with completions, likewise.")
     limit: Count | None = option("Model and data", None, "Rows to train on at most; without it, all of them.")
-    heldout: Annotated[float, Field(gt=0)] = option(
+    heldout: Annotated[float, Field(gt=0, le=MOST)] = option(
         "Model and data", 0.1, "Share (below 1) or number of rows held out and never trained on."
     )
-    max_length: Annotated[int, Field(ge=2)] = option(
+    max_length: Annotated[int, Field(ge=2, le=MOST)] = option(
         "Model and data", 512, "Tokens a row at most; longer ones are cut, and counted."
     )
     dtype: ModelDtype = option("Model and data", "auto", "Of the frozen model; `auto`: as its file has it.")
@@ -75,10 +76,10 @@ class Recipe(AdapterOptions):
         "Training", "auto", "Peak of a linear schedule with 5% warm-up; `auto`: from the size of the weights."
     )
     calibration_rows: Count = option("Training", 32, "Training rows that `gradient` and `activation` are made from.")
-    threads: Count = option("Training", 1, "Threads of torch.")
+    threads: Annotated[int, Field(ge=1, le=1024)] = option("Training", 1, "Threads of torch.")
 
     eval_rows: Count = option("Measuring", 100, "Held-out rows that are scored before and after.")
-    samples: Annotated[int, Field(ge=0)] = option("Measuring", 4, "Generations shown before and after.")
+    samples: Annotated[int, Field(ge=0, le=MOST)] = option("Measuring", 4, "Generations shown before and after.")
     max_new_tokens: Count = option("Measuring", 64, "Tokens of a generation at most.")
 
     def __post_init__(self) -> None:
@@ -112,6 +113,8 @@ def make_recipe(values: dict[str, Any]) -> Recipe:
     """A Recipe, or one CTError that names every wrong field."""
     try:
         return Recipe(**values)
+    except TypeError as error:  # a name that stands for the object itself
+        raise CTError(f"the recipe is wrong: {error}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # all fields are right, their combination is not

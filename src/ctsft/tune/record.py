@@ -1,9 +1,9 @@
 """The record of a run, run.json: written by the run, read by the report, the command and the tests."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_json
@@ -26,7 +26,7 @@ class Machine(Part):
 
 class ModelFacts(Part):
     name: str
-    parameters: int
+    parameters: int = Field(ge=1)
     dtype: str
     note: str | None  # what a user must know before trusting the model
 
@@ -92,7 +92,7 @@ class Spectrum(Part):
     """An adapted matrix (see `inspect.spectra_of`), and how far training moved it (Frobenius norms)."""
 
     name: str
-    shape: list[int]
+    shape: list[Annotated[int, Field(ge=1)]] = Field(min_length=2, max_length=2)
     effective_rank: float
     stable_rank: float
     energy_top_k: float
