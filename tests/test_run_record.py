@@ -55,6 +55,21 @@ def test_a_wrong_field_is_named_with_its_place(run):
     assert "\n" not in str(told.value)
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e300", "9" * 4_000])
+def test_a_number_that_no_run_has_is_one_sentence(number, run, tmp_path):
+    """1e999 is infinite when it is read, and no plot could show the others."""
+    run["curve"][1]["loss"] = "here"
+    (tmp_path / "run.json").write_text(json.dumps(run).replace('"here"', number))
+    with pytest.raises(CTError, match=r"run\.json is no record of a run: it holds the number \S{3,30}\.$"):
+        read_run(tmp_path / "run.json")
+
+
+def test_a_matrix_without_sides_is_refused(run):
+    run["spectra"][0]["shape"], run["spectra"][1]["shape"], run["model"]["parameters"] = [0, 4], [3], 0
+    with pytest.raises(CTError, match=r"parameters: .*spectra\.0\.shape\.0: .*spectra\.1\.shape: "):
+        run_record(run)
+
+
 WORSE = {"end": RUN["after"] | {"heldout_loss": 6.6}}
 
 

@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ctsft.errors import CTError, wrong_fields
+from ctsft.errors import CTError, shown, wrong_fields
 from ctsft.files import read_json
 
 FORMAT = 1
+LARGEST = 1e100  # a float beyond it is damage
 
 
 class Part(BaseModel):
@@ -179,14 +180,29 @@ class RunRecord(Part):
         return f"resumed {self.resumed} {'time' if self.resumed == 1 else 'times'}" if self.resumed else ""
 
 
+def absurd(values: Any) -> int | float | None:
+    """A number in the JSON value `values` that no run has, and that no plot can show, if there is one."""
+    rest = [values]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict | list):
+            rest += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int | float) and abs(value) > (LARGEST if isinstance(value, float) else 2**53):
+            return value
+    return None
+
+
 def run_record(values: Any, source: object = "this record") -> RunRecord:
     """The record with `values` (JSON) that were read from `source`; one CTError where they are none of this format."""
     if not isinstance(values, dict) or "format" not in values:
         raise CTError(f"{source} is no record of a run; give the run.json that ctsft tune wrote.")
     if values["format"] != FORMAT:
         raise CTError(
-            f"{source} has format {values['format']!r} and this ctsft reads {FORMAT}; use the ctsft that wrote it."
+            f"{source} has format {shown(repr(values['format']), 80)} and this ctsft reads {FORMAT}; use the ctsft that "
+            "wrote it."
         )
+    if (number := absurd(values)) is not None:
+        raise CTError(f"{source} is no record of a run: it holds the number {shown(repr(number), 30)}.")
     try:
         return RunRecord.model_validate(values)
     except ValidationError as error:
