@@ -198,8 +198,8 @@ def run_record(values: Any, source: object = "this record") -> RunRecord:
         raise CTError(f"{source} is no record of a run; give the run.json that ctsft tune wrote.")
     if values["format"] != FORMAT:
         raise CTError(
-            f"{source} has format {shown(repr(values['format']), 80)} and this ctsft reads {FORMAT}; use the ctsft that "
-            "wrote it."
+            f"{source} has format {shown(repr(values['format']), 80)} and this ctsft reads {FORMAT}; use the "
+            "ctsft that wrote it."
         )
     if (number := absurd(values)) is not None:
         raise CTError(f"{source} is no record of a run: it holds the number {shown(repr(number), 30)}.")
