@@ -1,5 +1,6 @@
 """Training: TRL's trainer with our loss, checkpoints that a kill leaves whole, and the best state on the way."""
 
+import hashlib
 import math
 import os
 import re
@@ -175,8 +176,12 @@ def restore(model: PeftModel, state: State) -> None:
 
 def inventory(folder: Path) -> str:
     """The files of a checkpoint with a hash (xxh3, 128 bits) of the content of each."""
-    files = [f for f in sorted(folder.iterdir()) if f.name != COMPLETE]
-    return "".join(f"{f.name} {xxhash.xxh3_128_hexdigest(f.read_bytes())}\n" for f in files)
+    lines = []
+    for path in sorted(folder.iterdir()):
+        if path.name != COMPLETE:
+            with path.open("rb") as file:
+                lines.append(f"{path.name} {hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()}\n")  # type: ignore[arg-type]
+    return "".join(lines)
 
 
 def last_checkpoint(folder: Path, tell: Callable[[str], object] = print) -> Path | None:
