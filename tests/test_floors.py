@@ -17,8 +17,8 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "models": ["photonic", "reading", "gguf", "load"],
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
     "adapter": [
-        *("seal", "config", "forms", "fused", "layer", "store", "read", "bare", "targets", "bases"),
-        *("arithmetic", "model", "resize", "calibrate", "export", "rate"),
+        *("seal", "config", "forms", "fused", "layer", "store", "read", "swap", "bare", "targets"),
+        *("bases", "arithmetic", "model", "resize", "calibrate", "export", "rate"),
     ],
     "quantities": ["gradients", "look", "ablation"],
     "probe": [],

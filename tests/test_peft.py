@@ -1,10 +1,24 @@
 """CT-SFT where users of peft and transformers expect what LoRA does: each way in and out of a model, and the files."""
 
 import pytest
+import torch
 from peft import PeftModel
+from torch._dynamo.testing import CompileCounter
 
-from ctsft import CTConfig, save_adapter
-from helpers import adapt, assert_same_bits, logits, randomise, ready_config, tiny
+from ctsft import CTConfig, CTError, hotswap, save_adapter
+from helpers import (
+    adapt,
+    assert_close,
+    assert_same_bits,
+    coefficients,
+    logits,
+    owners,
+    randomise,
+    ready_config,
+    tiny,
+)
+
+TIED = ["q_proj", "lm_head"]  # lm_head shares its weight with embed_tokens
 
 # ---- transformers: add_adapter, load_adapter and save_pretrained
 
@@ -62,3 +76,52 @@ def test_tensors_at_hand_are_loaded_by_transformers(prefix):
     tensors = {f"{prefix}{name}": tensor for name, tensor in model.get_adapter_state_dict().items()}
     other.load_adapter(peft_config=CTConfig(k=4), adapter_state_dict=tensors)
     assert_same_bits(logits(other), logits(model))
+
+
+# ---- hotswap
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"store_basis": True}, {"basis": "gradient"}, {"target_modules": TIED}], ids=str
+)
+def test_new_numbers_are_swapped_in_without_compiling_again(options, tmp_path):
+    for seed in (1, 2):
+        save_adapter(randomise(adapt(tiny(), **options), seed=seed), tmp_path / str(seed))
+    model = PeftModel.from_pretrained(tiny(), tmp_path / "1").eval()
+    kept = list(coefficients(model).values()), [m.ctsft_basis["default"] for m in owners(model).values()]
+    graphs = CompileCounter()
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=graphs)
+    one = logits(compiled)
+    count = graphs.frame_count
+    hotswap(compiled, tmp_path / "2")
+    two = logits(compiled)
+    assert count and graphs.frame_count == count and not torch.equal(one, two)
+    assert_close(two, logits(PeftModel.from_pretrained(tiny(), tmp_path / "2").eval()), 1e-6)
+    now = list(coefficients(model).values()), [m.ctsft_basis["default"] for m in owners(model).values()]
+    assert all(a is b for before, after in zip(kept, now, strict=True) for a, b in zip(before, after, strict=True))
+
+
+def test_numbers_under_other_directions_are_not_swapped_in(tmp_path):
+    model = randomise(adapt(tiny()))
+    before = logits(model)
+    others = {
+        "k": ({"k": 3}, "has k=3 and 'default' has 4; load it under a name"),
+        "form": ({"form": "core"}, "has form='core'"),
+        "few": ({"target_modules": ["q_proj"]}, "has other modules than 'default'"),
+        "ends": ({"weight_from": "bottom"}, "they are of another base, seed or kind of basis"),
+        "whole": ({"modules_to_save": ["lm_head"]}, "modules_to_save cannot be swapped in place"),
+    }
+    for name, (options, message) in others.items():
+        save_adapter(randomise(adapt(tiny(), **options)), tmp_path / name)
+        with pytest.raises(CTError, match=message):
+            hotswap(model, tmp_path / name)
+    save_adapter(randomise(adapt(tiny(seed=9))), tmp_path / "base")
+    with pytest.raises(CTError, match="was trained on base weights"):
+        hotswap(model, tmp_path / "base")
+    with pytest.raises(CTError, match="no CT-SFT adapter 'two' to swap"):
+        hotswap(model, tmp_path / "k", "two")
+    assert_same_bits(logits(model), before)
+    model.merge_adapter()
+    with pytest.raises(CTError, match="unmerge it before its numbers are swapped"):
+        hotswap(model, tmp_path / "k")

@@ -1,5 +1,9 @@
 """A base that torch wraps, by compile or FSDP2: the same adapter, the same file."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,8 +12,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from ctsft import resize, save_adapter
-from helpers import adapt, assert_same_bits, coefficients, logits, randomise, tiny
+from ctsft import CTConfig, resize, save_adapter
+from helpers import adapt, assert_same_bits, coefficients, logits, owners, randomise, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -41,6 +45,30 @@ def test_a_compiled_base_has_the_same_adapter(options, tmp_path):
     assert_same_bits(logits(there), logits(model))
     back = PeftModel.from_pretrained(torch.compile(tiny(), backend="eager"), tmp_path / "plain").eval()
     assert_same_bits(logits(back), logits(compiled))
+
+
+def with_a_compiled_block():
+    base = tiny()
+    base.model.layers[1] = torch.compile(base.model.layers[1], backend="eager")
+    return base
+
+
+@pytest.mark.parametrize(
+    "options",
+    [*(o for o in OPTIONS if o != {"basis": "gradient"}), {"k": {"q_proj": 2, ".*": 3}}],  # torch warns under backward
+    ids=str,
+)
+def test_a_base_with_a_compiled_block_has_the_same_adapter(options, tmp_path):
+    torch.compiler.reset()
+    model = randomise(adapt(tiny(), **options))
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(randomise(adapt(with_a_compiled_block(), **options)), tmp_path / "compiled")
+    assert content(tmp_path / "compiled") == content(tmp_path / "plain")
+    there = PeftModel.from_pretrained(with_a_compiled_block(), tmp_path / "plain").eval()
+    assert_same_bits(logits(there), logits(model))
+    resize(there, 2)
+    there.add_adapter("two", CTConfig(k=2))
+    assert all(m.ctsft_basis["two"].k == 2 for m in owners(there, "two").values())
 
 
 def test_k_of_an_adapter_on_a_compiled_base_changes(tmp_path):
@@ -87,3 +115,51 @@ def test_saving_under_fsdp1_with_a_full_state_dict(tmp_path):
     whole = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "sharded", state_dict=whole, save_embedding_layers=False)
     assert content(tmp_path / "sharded") == content(tmp_path / "plain")
+
+
+TWO = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from helpers import adapt, randomise, tiny
+
+dist.init_process_group("gloo")
+assert dist.get_world_size() == 2
+mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+save_to, rank = sys.argv[2], dist.get_rank()
+
+
+def save(model, name, **whole):
+    if rank == 0:
+        model.save_pretrained(f"{save_to}/{name}", save_embedding_layers=False, **whole)
+    dist.barrier()
+
+
+model = randomise(adapt(tiny()))
+save(model, "plain")
+for block in model.get_base_model().model.layers:
+    fully_shard(block, mesh=mesh)
+fully_shard(model, mesh=mesh)
+assert {type(p.data).__name__ for p in model.parameters()} == {"DTensor"}
+save(model, "fsdp2", state_dict=get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+
+model = randomise(adapt(tiny()))
+sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+assert all(p.ndim < 2 for p in sharded.parameters())
+with FullyShardedDataParallel.state_dict_type(sharded, StateDictType.FULL_STATE_DICT, FullStateDictConfig()):
+    whole = sharded.state_dict()
+save(model, "fsdp1", state_dict=whole)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_with_half_of_each_weight_save_the_same_file(tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    here = [str(tmp_path / "two.py"), str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(launch + here, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert content(tmp_path / "fsdp1") == content(tmp_path / "fsdp2") == content(tmp_path / "plain")

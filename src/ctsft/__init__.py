@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ctsft.adapter.rate import learning_rate
     from ctsft.adapter.resize import resize
     from ctsft.adapter.store import save_adapter
+    from ctsft.adapter.swap import hotswap
     from ctsft.spectral.universal import universal_basis
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "CTError",
     "calibrate",
     "export_adapter",
+    "hotswap",
     "learning_rate",
     "resize",
     "save_adapter",
@@ -38,6 +40,7 @@ HOMES = {
     "CTConfig": "adapter.config",
     "calibrate": "adapter.calibrate",
     "export_adapter": "adapter.export",
+    "hotswap": "adapter.swap",
     "learning_rate": "adapter.rate",
     "resize": "adapter.resize",
     "save_adapter": "adapter.store",

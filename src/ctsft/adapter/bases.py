@@ -18,14 +18,14 @@ from ctsft.spectral.basis import Basis, paired, replacing
 from ctsft.spectral.cache import keeps_bases, key_of, read_bases, write_bases
 from ctsft.spectral.decompose import one_thread
 from ctsft.spectral.kinds import Make, kind_of
-from ctsft.spectral.weights import matrix
+from ctsft.spectral.weights import clean_name, matrix
 
 WORTH_KEEPING = 1.0  # seconds of work (estimated) from which bases are kept on disk
 
 
 @dataclass
 class Prepared:
-    """All that adding an adapter needs, made and checked before the model is touched. Keyed by module name."""
+    """All that adding an adapter needs, made and checked before the model is touched. Keyed by clean name."""
 
     k: dict[str, int]
     bases: dict[str, Basis | None]  # None: to be read from the adapter's file
@@ -70,7 +70,8 @@ def make_bases(
     thread, so that the bits do not depend on the number of threads. `now`: fingerprint of the base weights.
     """
     both = FORMS[config.form].both
-    others = {n: other_bases(model.get_submodule(n), config, now, but) for n in weights}
+    modules = {clean_name(n): m for n, m in model.named_modules()}
+    others = {n: other_bases(modules[n], config, now, but) for n in weights}
     bases: dict[str, Basis | None] = dict.fromkeys(weights)
     for name, w in weights.items():
         for other in others[name]:

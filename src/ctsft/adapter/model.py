@@ -19,6 +19,7 @@ from ctsft.adapter.store import pack
 from ctsft.adapter.targets import choice
 from ctsft.compat import read_adapters_by, uncompiled
 from ctsft.errors import CTError
+from ctsft.spectral.weights import clean_name
 
 
 class CTModel(BaseTuner):
@@ -40,6 +41,7 @@ class CTModel(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         """Whether `key` is a target: while an adapter is added, those that `prepare` found."""
+        key = clean_name(key)
         prepared, chosen = vars(self).get("prepared"), choice(peft_config, key)
         if prepared is None or not chosen:
             return chosen
@@ -57,9 +59,9 @@ class CTModel(BaseTuner):
     ) -> None:
         kind = CTEmbedding if isinstance(target, nn.Embedding) else CTLinear
         layer = target if isinstance(target, CTLayer) else kind(target)
-        prepared = self.prepared
+        prepared, current_key = self.prepared, clean_name(current_key)
         if current_key in prepared.owners:
-            owner = uncompiled(self.model).get_submodule(prepared.owners[current_key])
+            owner = next(m for n, m in self.model.named_modules() if clean_name(n) == prepared.owners[current_key])
             assert isinstance(owner, CTLayer)
             layer.share(adapter_name, owner)
         else:

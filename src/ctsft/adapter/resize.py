@@ -10,7 +10,7 @@ from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.store import base_fingerprint, layers_of
 from ctsft.compat import uncompiled
 from ctsft.errors import CTError
-from ctsft.spectral.weights import checked
+from ctsft.spectral.weights import checked, clean_name
 
 
 def resize(
@@ -31,7 +31,7 @@ def resize(
     if any(isinstance(m, CTLayer) and m.merged for m in model.modules()):
         raise CTError("an adapter is merged into these weights; unmerge it before K is changed.")
     bare = uncompiled(getattr(getattr(model, "base_model", None), "model", model))
-    names = {id(m): n for n, m in bare.named_modules()}
+    names = {id(m): clean_name(n) for n, m in bare.named_modules()}
     first = next(iter(layers.values()))
     old = first.ctsft_config[adapter_name]
     new = copy.copy(old)

@@ -58,8 +58,9 @@ def base_fingerprint(model: nn.Module, config: CTConfig, targets: dict[str, nn.M
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether weights of `model` lie in pieces on several devices (FSDP2): frozen ones are those of before."""
-    return any(type(p.data).__name__ == "DTensor" for p in model.parameters())
+    """Whether weights of `model` lie in pieces on several devices (FSDP): frozen ones are those of before."""
+    bases = [m.base_layer.weight for m in model.modules() if isinstance(m, CTLayer)]
+    return any(type(p.data).__name__ == "DTensor" for p in model.parameters()) or any(w.ndim != 2 for w in bases)  # type: ignore[operator,union-attr]
 
 
 def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,23 +11,23 @@ from ctsft.adapter.layer import CTLayer
 from ctsft.choices import fits
 from ctsft.compat import linear_names, selects, shortest_names
 from ctsft.errors import CTError, told
-from ctsft.spectral.weights import MATRIX_MODULES, checked
+from ctsft.spectral.weights import MATRIX_MODULES, checked, clean_name
 
 
 def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The bare modules that `config` matches, by name, and the second uses of their (tied) weights: name -> first use.
+    """The bare modules that `config` matches, by clean name, and second uses of their (tied) weights, name -> first.
 
     Of modules that share a weight the first in the model's order is the target, whichever was named.
     """
     # Adapted layers stand for their base module, so that a second adapter finds the names that the first one found.
     inside = tuple(n + "." for n, m in model.named_modules() if isinstance(m, CTLayer))
     modules = {
-        n: m.base_layer if isinstance(m, CTLayer) else m
+        clean_name(n): m.base_layer if isinstance(m, CTLayer) else m
         for n, m in model.named_modules()
         if n and not n.startswith(inside)
     }
     if config.target_modules in (None, "all-linear"):
-        names = linear_names(model, config)
+        names = {clean_name(n) for n in linear_names(model, config)}
         # written down as endings, not as "all-linear": an adapter must mean the same modules when it is loaded
         config.target_modules = shortest_names(names, set(modules) - names)
     found = [n for n in modules if choice(config, n)]
