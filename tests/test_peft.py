@@ -125,3 +125,15 @@ def test_numbers_under_other_directions_are_not_swapped_in(tmp_path):
     model.merge_adapter()
     with pytest.raises(CTError, match="unmerge it before its numbers are swapped"):
         hotswap(model, tmp_path / "k")
+
+
+def test_transformers_own_hotswap(tmp_path):
+    for seed in (1, 2):
+        save_adapter(randomise(adapt(tiny()), seed=seed), tmp_path / str(seed))
+    model, other = tiny(), tiny()
+    model.load_adapter(str(tmp_path / "1"), "mine")
+    model.load_adapter(str(tmp_path / "2"), "mine", hotswap=True)
+    other.load_adapter(str(tmp_path / "2"))
+    assert_same_bits(logits(model), logits(other))
+    with pytest.raises(CTError, match="no CT-SFT adapter 'yours' to swap"):
+        model.load_adapter(str(tmp_path / "2"), "yours", hotswap=True)

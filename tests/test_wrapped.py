@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from ctsft import CTConfig, resize, save_adapter
+from ctsft import CTConfig, CTError, resize, save_adapter
 from helpers import adapt, assert_same_bits, coefficients, logits, owners, randomise, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -69,6 +69,13 @@ def test_a_base_with_a_compiled_block_has_the_same_adapter(options, tmp_path):
     resize(there, 2)
     there.add_adapter("two", CTConfig(k=2))
     assert all(m.ctsft_basis["two"].k == 2 for m in owners(there, "two").values())
+
+
+@pytest.mark.parametrize("base", [with_a_compiled_block, lambda: torch.compile(tiny(), backend="eager")])
+def test_modules_trained_whole_in_a_compiled_base_are_refused(base):
+    """peft would save them under names with `_orig_mod.` in them, which nothing reads."""
+    with pytest.raises(CTError, match="add the adapter first, and compile then"):
+        adapt(base(), modules_to_save=["lm_head"])
 
 
 def test_k_of_an_adapter_on_a_compiled_base_changes(tmp_path):

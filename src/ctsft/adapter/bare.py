@@ -15,6 +15,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ctsft.adapter.config import CTSFT, CTConfig
 from ctsft.adapter.seal import plain
+from ctsft.adapter.swap import hotswap
 from ctsft.compat import adapter_is_in, loaded_whole
 from ctsft.errors import CTError
 
@@ -24,7 +25,7 @@ WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 def load_adapter(theirs: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `model.load_adapter` does: `theirs`, transformers' own method, unless it is an adapter of CT-SFT.
 
-    Raises CTError for an adapter that does not fit (see `read.unpack`), for a name that is taken, and for hotswap.
+    Raises CTError for an adapter that does not fit (see `read.unpack`), and for a name that is taken.
     """
     given = inspect.signature(theirs).bind(*args, **kwargs).arguments
     given |= given.pop("kwargs", {})
@@ -41,7 +42,10 @@ def load_adapter(theirs: Any, model: Any, args: tuple[Any, ...], kwargs: dict[st
         return theirs(*args, **kwargs)
 
     name, trainable = given.get("adapter_name") or "default", given.get("is_trainable", False)
-    if given.get("hotswap", "auto") is True or adapter_is_in(model, name):
+    if given.get("hotswap", "auto") is True and source is not None:
+        hotswap(model, str(source), name)
+        return loaded_whole(model, trainable)
+    if adapter_is_in(model, name):
         raise CTError(f"the model has an adapter {name!r}; give another name, or delete it first (delete_adapter).")
     tensors = given.get("adapter_state_dict")
     if tensors is None:

@@ -17,7 +17,7 @@ from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.read import unpack
 from ctsft.adapter.store import pack
 from ctsft.adapter.targets import choice
-from ctsft.compat import read_adapters_by, uncompiled
+from ctsft.compat import COMPILED, read_adapters_by, uncompiled
 from ctsft.errors import CTError
 from ctsft.spectral.weights import clean_name
 
@@ -31,6 +31,11 @@ class CTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config: Any = self.peft_config[adapter_name]
+        if config.modules_to_save and any(COMPILED in f"{name}." for name, _ in model.named_modules()):
+            raise CTError(
+                "modules_to_save of a compiled base would be saved under names that a plain one does not have; add the "
+                "adapter first, and compile then."
+            )
         model = uncompiled(model)  # else names of a compiled base would be other ones
         self.prepared = prepare(model, config)
         targets = config.target_modules
