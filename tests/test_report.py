@@ -211,6 +211,14 @@ def test_nothing_from_the_data_is_markup(run, page):
     assert "List <script>alert('x')</script> & all" in reader.text
 
 
+def test_characters_that_would_steer_the_page_are_shown_not_obeyed(run, page):
+    run["samples"][0]["after"] = "SELECT \N{RIGHT-TO-LEFT OVERRIDE}1\x1b[2J"
+    run["name"] = "a\N{RIGHT-TO-LEFT ISOLATE}b"
+    found = page(run)
+    assert "SELECT \\u202e1\\x1b[2J" in found and "a\\u2067b" in found
+    assert not set(found) & {"\N{RIGHT-TO-LEFT OVERRIDE}", "\N{RIGHT-TO-LEFT ISOLATE}", "\x1b"}
+
+
 def test_the_page_is_self_contained(run, page):
     html = page(run)
     reader = Reader(html)

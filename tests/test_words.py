@@ -1,4 +1,4 @@
-from ctsft.pages.words import duration, number, percent, place, size, words
+from ctsft.pages.words import duration, number, percent, place, size, visible, words
 
 
 def test_sizes_and_durations():
@@ -20,3 +20,13 @@ def test_the_place_of_a_matrix():
     assert place("model.layers.3.mlp.up_proj") == (3, "mlp.up_proj")
     assert place("lm_head") == (None, "lm_head")
     assert place("model.layers.11.mlp.experts.2.down_proj") == (11, "mlp.experts.*.down_proj")
+
+
+def test_what_would_act_on_the_page_is_shown_as_its_code():
+    assert (
+        visible("a\x1b[31m\N{RIGHT-TO-LEFT OVERRIDE}\N{LINE SEPARATOR}\ud800\x00")
+        == "a\\x1b[31m\\u202e\\u2028\\ud800\\x00"
+    )
+    joined = "\N{WOMAN}\N{ZERO WIDTH JOINER}\N{PERSONAL COMPUTER}"
+    kept = f"two\nlines\tin \N{IDEOGRAPHIC SPACE}\N{NO-BREAK SPACE} {joined} \u05d0"
+    assert visible(kept) == kept and visible("\r\n") == "\n" and visible(3) == 3

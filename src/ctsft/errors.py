@@ -1,6 +1,7 @@
 """The one exception that a user's mistake raises, and the ways from a library's error to its one sentence."""
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import requires
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
 
 
 PLACES = 8  # wrong fields that a sentence names
+
+
+JOINERS = "\N{ZERO WIDTH NON-JOINER}\N{ZERO WIDTH JOINER}\N{SOFT HYPHEN}"
 
 
 class CTError(ValueError):
@@ -43,9 +47,15 @@ def needs(extra: str = "") -> Iterator[None]:
         ) from None
 
 
+def steers(character: str) -> bool:
+    """Whether a character acts on a terminal or a page, in place of being seen: controls, marks that turn the direction
+    of writing, line separators, halves of characters. Blanks of all widths do not, nor do the joiners of emoji."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in JOINERS
+
+
 def shown(text: str, most: int = 200) -> str:
     """The beginning of a text that is not ours as it may stand in a sentence: on one line, nothing but characters."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:most])
+    return "".join("\N{REPLACEMENT CHARACTER}" if steers(c) else c for c in text[:most])
 
 
 def wrong_fields(error: "ValidationError", values: Mapping[str, Any] | None = None, whole: str = "all") -> str:

@@ -2,6 +2,8 @@
 
 from rich.console import Console
 
+from ctsft.errors import steers
+
 err = Console(stderr=True, markup=False)  # names of files, columns and models may hold [brackets]
 out_console = Console(markup=False)
 
@@ -15,4 +17,4 @@ def say(text: str, style: str) -> None:
 
 def printable(text: str) -> str:
     """`text` without control characters: what a model generates must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join("\N{REPLACEMENT CHARACTER}" if steers(c) and c not in "\n\t" else c for c in text)

@@ -8,14 +8,15 @@ from jinja2 import Environment, PackageLoader
 
 from ctsft.files import write_text
 from ctsft.pages.plot import COLOURS
-from ctsft.pages.words import duration, number, percent, size, words
+from ctsft.pages.words import duration, number, percent, size, visible, words
 
 
 def environment() -> Environment:
-    """Where templates are found: all that they insert is escaped, and they have `words` as filters."""
+    """Where templates are found: all that they insert is escaped and visible, and they have `words` as filters."""
     found = Environment(
         loader=PackageLoader("ctsft.pages", ""),
         autoescape=True,
+        finalize=visible,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,

@@ -2,6 +2,8 @@
 
 import re
 
+from ctsft.errors import steers
+
 PLACE = re.compile(r"(?:.*?\.(\d+)\.)?(.+)")  # "model.layers.3.mlp.up_proj": the block's index and the kind of matrix
 
 
@@ -43,6 +45,16 @@ def words(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key}: {words(item)}" for key, item in value.items()) or "none"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+def visible(value: object) -> object:
+    """A text with its characters that would act on the page shown as their codes (see `steers`); all else as it is."""
+    if type(value) is not str:  # what is marked as HTML is a str of its own kind
+        return value
+    return "".join(
+        c if c in "\n\t" or not steers(c) else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in value.replace("\r\n", "\n")
+    )
 
 
 def place(name: str) -> tuple[int | None, str]:
