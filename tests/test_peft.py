@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch._dynamo.testing import CompileCounter
 
 from ctsft import CTConfig, CTError, hotswap, save_adapter
@@ -54,6 +54,25 @@ def test_what_transformers_saves_is_read_by_peft_and_by_transformers(options, tm
     info = again.load_adapter(str(tmp_path / "a"))
     assert not info.missing_keys and not info.unexpected_keys
     assert_same_bits(logits(again.eval()), logits(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "gradient"}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_a_key_mapping_does_not_reach_a_file_that_names_no_weights(options, tmp_path):
+    model = randomise(adapt(tiny(tie_word_embeddings=False), **options))
+    save_adapter(model, tmp_path / "a")
+    base = tiny(tie_word_embeddings=False)
+    again = PeftModel.from_pretrained(base, tmp_path / "a", key_mapping={"^model": "model.text"})
+    assert_same_bits(logits(again.eval()), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # transformers calls its own
+def test_a_key_mapping_still_renames_the_tensors_of_others(tmp_path):
+    model = get_peft_model(tiny(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "a")
+    again = PeftModel.from_pretrained(tiny(), tmp_path / "a", key_mapping={"q_proj": "q_proj"})
+    assert_same_bits(logits(again.eval()), logits(model.eval()))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(tiny(), tmp_path / "a", key_mapping={"q_proj": "k_proj"})
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # peft, of any second adapter

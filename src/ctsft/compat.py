@@ -75,6 +75,26 @@ def embed_scale(layer: Any) -> "Tensor | float":
     return 1.0 if scale is None else scale.float()
 
 
+def keep_names_of(tensor: str) -> None:
+    """Let peft read files that hold `tensor` although a key_mapping is given: it renames weights of the base, of which
+    these files name none. The mapping is the user's, or one that the model brings; peft refuses names of another kind.
+    """
+    import peft.peft_model as home
+    import wrapt
+
+    def reading(theirs: Any, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return theirs(*args, **kwargs)
+        except ValueError:
+            found = theirs(*args, **kwargs | {"key_mapping": None}) if kwargs.get("key_mapping") else {}
+            if tensor not in found:
+                raise
+            return found
+
+    if not isinstance(home.load_peft_weights, wrapt.FunctionWrapper):
+        wrapt.wrap_function_wrapper(home, "load_peft_weights", reading)
+
+
 # ---- transformers
 
 

@@ -15,9 +15,9 @@ from ctsft.adapter.bases import prepare
 from ctsft.adapter.config import CTSFT, CTConfig
 from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.read import unpack
-from ctsft.adapter.store import pack
+from ctsft.adapter.store import COEFFICIENTS, pack
 from ctsft.adapter.targets import choice
-from ctsft.compat import COMPILED, read_adapters_by, uncompiled
+from ctsft.compat import COMPILED, keep_names_of, read_adapters_by, uncompiled
 from ctsft.errors import CTError
 from ctsft.spectral.weights import clean_name
 
@@ -126,3 +126,4 @@ class CTModel(BaseTuner):
 if CTSFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="ctsft", config_cls=CTConfig, model_cls=CTModel, prefix=CTModel.prefix)
 read_adapters_by(load_adapter)
+keep_names_of(COEFFICIENTS)
