@@ -143,11 +143,15 @@ def test_transformers_own_add_adapter_works_and_trains():
 
 
 def test_transformers_own_loading_is_never_silently_wrong(tmp_path):
-    save_adapter(randomise(adapt(tiny())), tmp_path / "a")
+    saved = randomise(adapt(tiny()))
+    save_adapter(saved, tmp_path / "a")
     model = tiny()
     model.load_adapter(str(tmp_path / "a"))
+    assert_same_bits(logits(model), logits(saved))
+
+    without = get_peft_model(tiny(), CTConfig.from_pretrained(str(tmp_path / "a")))  # settings of a file, no numbers
     with pytest.raises(CTError, match=r"weights were never loaded; use peft\.PeftModel\.from_pretrained"):
-        logits(model)
+        logits(without)
 
 
 # ---- TRL
