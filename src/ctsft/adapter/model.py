@@ -15,7 +15,8 @@ from ctsft.adapter.bases import prepare
 from ctsft.adapter.config import CTSFT, CTConfig
 from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.read import unpack
-from ctsft.adapter.store import COEFFICIENTS, pack
+from ctsft.adapter.seal import COEFFICIENTS
+from ctsft.adapter.store import pack
 from ctsft.adapter.targets import choice
 from ctsft.compat import COMPILED, keep_names_of, read_adapters_by, uncompiled
 from ctsft.errors import CTError

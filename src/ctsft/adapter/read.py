@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
-from ctsft.adapter.seal import check_tensors, without_prefix
-from ctsft.adapter.store import BASIS, CHECKSUM, COEFFICIENTS, UNIVERSAL, adapted, whole_modules
+from ctsft.adapter.seal import CHECKSUM, COEFFICIENTS, check_tensors, without_prefix
+from ctsft.adapter.store import BASIS, UNIVERSAL, adapted, whole_modules
 from ctsft.errors import CTError
 from ctsft.models.reading import one_sentence
 from ctsft.spectral.basis import Basis, checksum, two_sides

@@ -19,6 +19,7 @@ from ctsft.errors import CTError, told
 from ctsft.files import read_json
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+COEFFICIENTS, CHECKSUM = "ctsft.coefficients", "ctsft.checksum"  # tensors of every adapter
 # What may be edited after saving: where the base lies and what peft notes for itself. The numbers do not depend on it.
 FREE = {
     *("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"),
@@ -99,7 +100,7 @@ def check_tensors(tensors: Mapping[str, Tensor], whole: Collection[str], expecte
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CTError(f"the file holds NaN or infinite numbers in {told(name)}; it is damaged.")
-    if "ctsft.coefficients" not in tensors or "ctsft.checksum" not in tensors:
+    if COEFFICIENTS not in tensors or CHECKSUM not in tensors:
         raise CTError(f"the file holds no CT-SFT numbers; take {TENSORS} from the same folder as {SETTINGS}.")
     if expected not in (None, hash_tensors(tensors)):
         raise CTError(

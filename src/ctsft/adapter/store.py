@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
-from ctsft.adapter.seal import hash_tensors
+from ctsft.adapter.seal import CHECKSUM, COEFFICIENTS, hash_tensors
 from ctsft.compat import FSDP
 from ctsft.errors import CTError
 from ctsft.spectral.basis import checksum
 from ctsft.spectral.kinds import kind_of
 from ctsft.spectral.weights import clean_name, fingerprint, universal_members, width
 
-COEFFICIENTS, CHECKSUM = "ctsft.coefficients", "ctsft.checksum"
 UNIVERSAL, BASIS = "ctsft.basis_universal", "ctsft.basis."
 
 

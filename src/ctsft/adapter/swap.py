@@ -8,8 +8,8 @@ from torch import nn
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.read import check_read, unpack
-from ctsft.adapter.seal import TENSORS, read_tensors
-from ctsft.adapter.store import CHECKSUM, check_same_base, layers_of
+from ctsft.adapter.seal import CHECKSUM, TENSORS, read_tensors
+from ctsft.adapter.store import check_same_base, layers_of
 from ctsft.compat import uncompiled
 from ctsft.errors import CTError
 

@@ -87,6 +87,15 @@ def having_runs(laboratory: Any, known: Any, profile: str) -> Any:
     return laboratory.model_copy(update={"experiments": {name: every[name] for name in ran}})
 
 
+def judged_records(
+    folder: Path | None, records: Path | None, model: str | None, data: str | None, seeds: int | None, profile: str
+) -> tuple[Any, Any, Any]:
+    """What `opened` gives, with only what was run, and the verdict on every claim by these records."""
+    laboratory, known = opened(folder, records, model, data, seeds)
+    laboratory = having_runs(laboratory, known, profile)
+    return laboratory, known, judged(folder, laboratory, known, list(laboratory.experiments), profile)
+
+
 @lab.command("list", epilog="Example: ctsft lab list --profile quick")
 def list_experiments(
     experiments: Folder = None,
@@ -234,9 +243,7 @@ def verdicts(
     from ctsft.files import write_text
     from ctsft.lab.verdicts import markdown, told_counts
 
-    laboratory, known = opened(experiments, records, model, data, seeds)
-    laboratory = having_runs(laboratory, known, profile)
-    found = judged(experiments, laboratory, known, list(laboratory.experiments), profile)
+    laboratory, known, found = judged_records(experiments, records, model, data, seeds, profile)
     own = laboratory.own
     text = markdown(found, f"runs of {own.model} on {own.text}") if own else markdown(found)
     path = out or (known.folder if own else Path()) / "VERDICTS.md"
@@ -263,8 +270,6 @@ def report(
     """Write one self-contained page: the claims first, then every experiment with its plots."""
     from ctsft.lab.page import write_lab_report
 
-    laboratory, known = opened(experiments, records, model, data, seeds)
-    laboratory = having_runs(laboratory, known, profile)
-    found = judged(experiments, laboratory, known, list(laboratory.experiments), profile)
+    laboratory, known, found = judged_records(experiments, records, model, data, seeds, profile)
     write_lab_report(laboratory, known, found, out, profile, protocol)
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")
