@@ -238,7 +238,10 @@ def started(code):
     ours = subprocess.Popen(
         [sys.executable, "-c", SCRIPT + code], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    return ours, int(ours.stdout.readline())
+    line = b""
+    while not line.endswith(b"\n"):  # no further: communicate does not know what a buffer holds
+        line += os.read(ours.stdout.fileno(), 1) or b"\n"
+    return ours, int(line)
 
 
 def test_it_ends_with_us():
