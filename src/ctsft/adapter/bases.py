@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
-from ctsft.adapter.store import base_fingerprint, check_same_base
+from ctsft.adapter.store import base_fingerprint, check_same_base, note_other_ends, uncovered_ends
 from ctsft.adapter.targets import find_targets
 from ctsft.errors import CTError
 from ctsft.progress import watched
@@ -43,6 +43,10 @@ def prepare(model: nn.Module, config: CTConfig) -> Prepared:
     weights = {n: matrix(m) for n, m in targets.items()}
     now = base_fingerprint(model, config, targets)
     check_same_base(config, now)
+    if not config.from_disk:
+        config.uncovered_ends = uncovered_ends(model, config, targets)
+    elif config.uncovered_ends and config.fingerprint == now:
+        note_other_ends(config, uncovered_ends(model, config, targets))
     ks = {n: config.k_for(n) for n in targets}
     for name, w in weights.items():
         check_k(config, name, w, ks[name])

@@ -47,6 +47,9 @@ class CTConfig(AdapterOptions, PeftConfig):
     fingerprint: str | None = field(
         default=None, metadata={"help": "Set when saved: the base weights that the basis was made from."}
     )
+    uncovered_ends: dict[str, str] | None = field(
+        default=None, metadata={"help": "Set by ctsft: hashes of embeddings and head that the fingerprint leaves out."}
+    )
     basis_checksum: str | None = field(
         default=None, metadata={"help": "Set by ctsft: what lay in basis_file when the adapter was made."}
     )

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ctsft.compat import FSDP
 from ctsft.errors import CTError
 from ctsft.spectral.basis import checksum
 from ctsft.spectral.kinds import kind_of
-from ctsft.spectral.weights import clean_name, fingerprint, universal_members, width
+from ctsft.spectral.weights import clean_name, ends, fingerprint, universal_members, width
 
 UNIVERSAL, BASIS = "ctsft.basis_universal", "ctsft.basis."
 
@@ -49,11 +49,27 @@ def base_fingerprint(model: nn.Module, config: CTConfig, targets: dict[str, nn.M
 
     `targets`: clean names -> base modules or CTLayers. Weights under a merge count as they were before it.
     """
-    members = dict(targets)
-    if kind_of(config.basis).shared:
-        layers = {m.base_layer: m for m in model.modules() if isinstance(m, CTLayer)}
-        members |= {n: layers.get(m, m) for n, m in universal_members(model, width(model)).items()}  # type: ignore[call-overload]
+    members = covered(model, config, targets)
     return fingerprint((n, m.base_weight() if isinstance(m, CTLayer) else m.weight) for n, m in members.items())  # type: ignore[misc]
+
+
+def covered(model: nn.Module, config: CTConfig, targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules, bare or as CTLayers, whose weights `base_fingerprint` covers, by clean name."""
+    if not kind_of(config.basis).shared:
+        return targets
+    layers = {m.base_layer: m for m in model.modules() if isinstance(m, CTLayer)}
+    return targets | {n: layers.get(m, m) for n, m in universal_members(model, width(model)).items()}  # type: ignore[call-overload]
+
+
+def uncovered_ends(model: nn.Module, config: CTConfig, targets: dict[str, nn.Module]) -> dict[str, str]:
+    """Hashes of the embeddings and the head that `base_fingerprint` leaves out and the adapter does not bring whole.
+
+    By clean name; a tied weight is hashed once.
+    """
+    seen = {id(m.weight) for m in covered(model, config, targets).values()}
+    left = {n: w for n, w in ends(model) if id(w) not in seen and not n.endswith(tuple(config.modules_to_save or ()))}
+    hashes = {id(w): fingerprint([("", w)]) for w in {id(w): w for w in left.values()}.values()}
+    return {n: hashes[id(w)] for n, w in left.items()}
 
 
 def sharded(model: nn.Module) -> bool:
@@ -123,6 +139,18 @@ def check_same_base(config: CTConfig, now: str) -> None:
         UserWarning,
         stacklevel=2,
     )
+
+
+def note_other_ends(config: CTConfig, now: Mapping[str, str]) -> None:
+    """Warn where of the base only embeddings or the head (their hashes `now`) are not those of an adapter from disk."""
+    then = config.uncovered_ends or {}
+    if other := sorted(n for n in then if n in now and now[n] != then[n]):
+        warnings.warn(
+            f"the adapter was trained with another {' and another '.join(other)} than this base has: its dW is right here "
+            "and is applied, but the model's outputs will not be those that it was trained for.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> int:

@@ -9,7 +9,7 @@ from ctsft.adapter.config import CTConfig
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.read import check_read, unpack
 from ctsft.adapter.seal import CHECKSUM, TENSORS, read_tensors
-from ctsft.adapter.store import check_same_base, layers_of
+from ctsft.adapter.store import check_same_base, layers_of, note_other_ends
 from ctsft.compat import uncompiled
 from ctsft.errors import CTError
 
@@ -41,6 +41,7 @@ def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str 
     if tensors[CHECKSUM].numel() != len(layers):
         raise CTError(f"the adapter in {folder} has other modules than {adapter_name!r}; load it under another name.")
     check_same_base(config, first.ctsft_fingerprint[adapter_name])
+    note_other_ends(config, old.uncovered_ends or {})
     check_read(model, config, adapter_name, tensors)
     config.unread = False
     numbers = {n: t for n, t in tensors.items() if not n.startswith("ctsft.basis")}  # unpack compares the directions

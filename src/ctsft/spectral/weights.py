@@ -97,14 +97,34 @@ def rows(name: str, w: Tensor, d_model: int) -> Tensor:
     return w.T if takes_part_transposed(name, w.shape, d_model) else w
 
 
-def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every Linear, Conv1D and Embedding of the bare model, tied ones once, by clean name."""
-    seen: set[int] = set()
+def uses(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every Linear, Conv1D and Embedding of the bare model by clean name."""
     for name, module in model.named_modules():
-        trained_copy = ".modules_to_save." in name
-        if isinstance(module, MATRIX_MODULES) and id(module.weight) not in seen and not trained_copy:
-            seen.add(id(module.weight))
+        if isinstance(module, MATRIX_MODULES) and ".modules_to_save." not in name:
             yield clean_name(name).removesuffix(".base_layer").removesuffix(".original_module"), module
+
+
+def matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Those of `uses`, tied ones once."""
+    seen: set[int] = set()
+    for name, module in uses(model):
+        if id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield name, module
+
+
+def ends(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The weights of all embeddings and of the head, by clean name, where they lie here in one piece."""
+    try:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:
+        head = None
+    last = next((clean_name(n) for n, m in model.named_modules() if m is head), None)
+    for name, module in uses(model):
+        weight = module.weight
+        whole = type(weight.data).__name__ != "DTensor" and weight.ndim == 2 and not weight.is_meta
+        if whole and (name == last or isinstance(module, nn.Embedding)):
+            yield name, weight  # type: ignore[misc]
 
 
 def universal_members(model: nn.Module, d_model: int) -> dict[str, nn.Module]:
