@@ -75,6 +75,16 @@ def test_only_the_gradient_that_is_asked_for(form, side, wanted):
     assert (c if wanted == "x" else x).grad is None
 
 
+@pytest.mark.parametrize(("form", "side"), FORM_SIDES)
+def test_no_token_at_all(form, side):
+    x, *others = pieces(form, side)
+    empty, c = x[:, :0].requires_grad_(), others[3].requires_grad_()
+    y = fast(form, empty, *others)
+    y.sum().backward()
+    assert y.shape == (2, 0, 7) and empty.grad.shape == empty.shape
+    assert c.grad.shape == c.shape and not c.grad.any()
+
+
 def test_a_second_derivative_is_refused_and_not_wrong():
     form = "diagonal"
     x, weight, _, u, c, vh = pieces(form)

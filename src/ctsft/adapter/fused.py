@@ -41,7 +41,7 @@ class AdaptedLinear(torch.autograd.Function):
         a, b, kept = form.forward(rows, u, c, vh)
         ctx.form = form
         ctx.save_for_backward(x if kept is rows else kept, weight, u, c, vh)
-        return added(y, a, b).view(*x.shape[:-1], -1)
+        return added(y, a, b).view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -50,7 +50,7 @@ class AdaptedLinear(torch.autograd.Function):
         wants_x, wants_c = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         rows = dy.reshape(-1, dy.shape[-1])
         dc, d, b = ctx.form.backward(rows, kept.reshape(-1, kept.shape[-1]), u, c, vh, wants_c)
-        dx = added(rows @ weight, d, b).view(*dy.shape[:-1], -1) if wants_x else None
+        dx = added(rows @ weight, d, b).view(*dy.shape[:-1], weight.shape[1]) if wants_x else None
         return dx, None, None, None, None, dc, None
 
 

@@ -1,17 +1,16 @@
 """What a model is scored by: held-out loss, greedy generations, and for `sql` the accuracy of the queries it writes."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ctsft.adapter.loss import summed_loss
 from ctsft.adapter.store import adapted
 from ctsft.data.rows import Corpus
 from ctsft.data.sql.execution import execution_match, extract_sql
@@ -33,8 +32,7 @@ def untold(rows: int) -> None:
 def collate(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
     """Rows padded on the left to one batch: input_ids, attention_mask, position_ids, labels, each (b, t).
 
-    Labels are -100 where nothing counts, and at a row's first token, which nothing predicts. Completions end together,
-    so that only the last positions need logits.
+    Labels are -100 where nothing counts, and at a row's first token, which nothing predicts.
     """
     t = max(len(r["input_ids"]) for r in rows)
 
@@ -48,24 +46,6 @@ def collate(rows: Sequence[Tokens], pad_id: int) -> dict[str, Tensor]:
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
         "labels": stack(([-100, *r["labels"][1:]] for r in rows), -100),
     }
-
-
-def summed_loss(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum over the batch of -log p (nats) of every labelled token, and the number of those tokens.
-
-    The output head runs over the last positions only, from the first labelled one on, where the model can do that.
-    """
-    inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-    labels = batch["labels"]
-    first = int((labels != -100).any(0).nonzero()[0])
-    keep = labels.shape[1] - max(first - 1, 0)
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    if "logits_to_keep" in inspect.signature(type(bare).forward).parameters:
-        inputs["logits_to_keep"] = keep
-    logits = model(**inputs, use_cache=False).logits[:, -keep:]
-    targets = labels[:, -keep:][:, 1:]
-    chosen = targets != -100
-    return F.cross_entropy(logits[:, :-1][chosen].float(), targets[chosen], reduction="sum"), chosen.sum()
 
 
 def heldout_loss(

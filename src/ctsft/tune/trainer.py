@@ -24,12 +24,13 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from trl import SFTConfig, SFTTrainer
 
 from ctsft.adapter.layer import CTLayer
+from ctsft.adapter.loss import summed_loss
 from ctsft.adapter.store import adapted
 from ctsft.compat import count_tokens, plain_head
 from ctsft.errors import CTError
 from ctsft.files import replacing, write_text
 from ctsft.progress import watched
-from ctsft.tune.measure import Tokens, collate, heldout_loss, summed_loss
+from ctsft.tune.measure import Tokens, collate, heldout_loss
 from ctsft.tune.recipe import Recipe
 
 SAVE_EVERY = 20.0  # seconds between checkpoints
