@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ctsft.adapter.config import CTConfig
     from ctsft.adapter.export import export_adapter
     from ctsft.adapter.rate import learning_rate
+    from ctsft.adapter.read import load_adapter
     from ctsft.adapter.resize import resize
     from ctsft.adapter.store import save_adapter
     from ctsft.adapter.swap import hotswap
@@ -30,6 +31,7 @@ __all__ = [
     "export_adapter",
     "hotswap",
     "learning_rate",
+    "load_adapter",
     "resize",
     "save_adapter",
     "universal_basis",
@@ -42,6 +44,7 @@ HOMES = {
     "export_adapter": "adapter.export",
     "hotswap": "adapter.swap",
     "learning_rate": "adapter.rate",
+    "load_adapter": "adapter.read",
     "resize": "adapter.resize",
     "save_adapter": "adapter.store",
     "universal_basis": "spectral.universal",

@@ -98,13 +98,16 @@ def keep_names_of(tensor: str) -> None:
 # ---- transformers
 
 
-def read_adapters_by(ours: Any) -> None:
-    """Put `ours`, a wrapper as of the package wrapt, around the method load_adapter of all transformers models."""
+def read_adapters_by(bare: Any, onto: Any) -> None:
+    """Put wrappers as of the package wrapt around the method load_adapter: `bare` of all transformers models, `onto` of
+    peft's models."""
     import wrapt
+    from peft import PeftModel
     from transformers.integrations.peft import PeftAdapterMixin
 
-    if not isinstance(PeftAdapterMixin.load_adapter, wrapt.FunctionWrapper):
-        wrapt.wrap_function_wrapper(PeftAdapterMixin, "load_adapter", ours)
+    for home, ours in ((PeftAdapterMixin, bare), (PeftModel, onto)):
+        if not isinstance(vars(home)["load_adapter"], wrapt.FunctionWrapper):
+            wrapt.wrap_function_wrapper(home, "load_adapter", ours)
 
 
 def adapter_is_in(model: Any, name: str) -> bool:

@@ -5,7 +5,6 @@ by itself it would report all of it as unexpected, and run without the adapter.
 """
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from ctsft.adapter.config import CTSFT, CTConfig
 from ctsft.adapter.seal import plain
-from ctsft.adapter.swap import hotswap
+from ctsft.adapter.swap import WHERE, hotswap
 from ctsft.compat import adapter_is_in, loaded_whole
 from ctsft.errors import CTError
-
-WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # of a file on the hub
+from ctsft.files import read_json
 
 
 def load_adapter(theirs: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -36,7 +34,10 @@ def load_adapter(theirs: Any, model: Any, args: tuple[Any, ...], kwargs: dict[st
     config = given.get("peft_config")
     if config is None and source is not None:
         file = find_adapter_config_file(source, **where)
-        if file is not None and json.loads(Path(file).read_text(encoding="utf-8")).get("peft_type") == CTSFT:
+        settings = {} if file is None else read_json(Path(file))
+        if not isinstance(settings, dict):
+            raise CTError(f"{file} is no JSON object; it is damaged, take the adapter's folder anew.")
+        if settings.get("peft_type") == CTSFT:
             config = CTConfig.from_pretrained(source, **where)
     if not isinstance(config, CTConfig):
         return theirs(*args, **kwargs)

@@ -17,6 +17,7 @@ from ctsft.adapter.layer import CTEmbedding, CTLayer, CTLinear
 from ctsft.adapter.read import unpack
 from ctsft.adapter.seal import COEFFICIENTS
 from ctsft.adapter.store import pack
+from ctsft.adapter.swap import load_onto
 from ctsft.adapter.targets import choice
 from ctsft.compat import COMPILED, keep_names_of, read_adapters_by, uncompiled
 from ctsft.errors import CTError
@@ -126,5 +127,5 @@ class CTModel(BaseTuner):
 
 if CTSFT not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name="ctsft", config_cls=CTConfig, model_cls=CTModel, prefix=CTModel.prefix)
-read_adapters_by(load_adapter)
+read_adapters_by(load_adapter, load_onto)
 keep_names_of(COEFFICIENTS)

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ctsft.adapter.config import CTConfig
+from ctsft.adapter.config import CTConfig, is_local
 from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.seal import CHECKSUM, COEFFICIENTS, check_tensors, without_prefix
@@ -29,15 +29,22 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-3}
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]  # name -> dtype and shape (None: checked elsewhere)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> Any:
-    """The PeftModel of `model`, in eval mode, with the adapter that lies in `folder`.
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default", trainable: bool = False
+) -> Any:
+    """The PeftModel of `model`, or `model` if it is one, with the adapter that lies in `folder` (or on the hub).
 
-    As peft.PeftModel.from_pretrained, but whatever is wrong with the folder is one CTError. It is checked before
-    `model` is touched; where only the fit is wrong, `model` has layers put in, and its own weights as they were.
+    As peft's from_pretrained and load_adapter: in eval mode and frozen, unless `trainable`. But whatever is wrong with
+    the folder, a broken adapter_config.json too, is one CTError. All of it is checked before `model` is touched; where
+    only the fit is wrong, `model` has layers put in, and its own weights as they were.
     """
-    CTConfig.from_pretrained(folder)
-    with one_sentence(folder):
-        return PeftModel.from_pretrained(model, os.fspath(folder)).eval()
+    source = Path(folder) if is_local(Path(folder)) else os.fspath(folder)
+    with one_sentence(source):
+        CTConfig.from_pretrained(source)
+        if not isinstance(model, PeftModel):
+            return PeftModel.from_pretrained(model, os.fspath(source), adapter_name, is_trainable=trainable)
+        model.load_adapter(os.fspath(source), adapter_name, is_trainable=trainable)
+        return model
 
 
 def unpack(model: nn.Module, config: CTConfig, adapter_name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

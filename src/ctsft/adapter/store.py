@@ -141,13 +141,13 @@ def check_same_base(config: CTConfig, now: str) -> None:
     )
 
 
-def note_other_ends(config: CTConfig, now: Mapping[str, str]) -> None:
+def note_other_ends(config: CTConfig, now: Mapping[str, str] | None) -> None:
     """Warn where of the base only embeddings or the head (their hashes `now`) are not those of an adapter from disk."""
-    then = config.uncovered_ends or {}
+    then, now = config.uncovered_ends or {}, now or {}
     if other := sorted(n for n in then if n in now and now[n] != then[n]):
         warnings.warn(
-            f"the adapter was trained with another {' and another '.join(other)} than this base has: its dW is right here "
-            "and is applied, but the model's outputs will not be those that it was trained for.",
+            f"the adapter was trained with another {' and another '.join(other)} than this base has: its dW is right "
+            "here and is applied, but the model's outputs will not be those that it was trained for.",
             UserWarning,
             stacklevel=2,
         )
