@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -16,7 +17,7 @@ from ctsft.spectral.weights import matrices, matrix
 
 SHAPES = ("llama", "gpt2", "photonic")
 FORMS = ("diagonal", "core", "scores")
-BASES = ("weight", "random", "universal", "gradient", "activation", "file")
+BASES = ("weight", "random", "universal", "gradient", "activation", "file", "learned")
 DTYPES = (torch.float32, torch.bfloat16)
 VOCABULARY = 37
 EMBEDDING = {"llama": "embed_tokens", "gpt2": "wte", "photonic": "tok_emb"}
@@ -70,11 +71,24 @@ def write_directions(base, path, seed=0):
     return path
 
 
+def write_learned(base, path, seed=0, siblings=3):
+    """Seeded directions of unit length and amplitudes of siblings in the file `path`, as if learned; returns it."""
+    g, tensors = torch.Generator().manual_seed(seed), directions(base, seed)
+    for name, t in directions(base, seed + 1).items():
+        tensors[name] = F.normalize(tensors[name] + 0.3 * t, dim=0 if name.endswith(".u") else 1)
+        tensors[f"{name.rpartition('.')[0]}.siblings"] = 0.1 * torch.randn(siblings, min(t.shape), generator=g)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    return path
+
+
 def ready_config(base, **options):
     """A CTConfig, calibrated where its basis is made from data."""
-    if options.get("basis") == "file":
+    if options.get("basis") in ("file", "learned"):
         shapes = "-".join(sorted({"x".join(map(str, m.weight.shape)) for _, m in matrices(base)}))
-        options = {"basis_file": str(write_directions(base, home() / f"{type(base).__name__}-{shapes}"))} | options
+        path = home() / options["basis"] / f"{type(base).__name__}-{shapes}"
+        write = write_directions if options["basis"] == "file" else write_learned
+        options = {"basis_file": str(write(base, path))} | options
     config = CTConfig(**{"k": 4, "task_type": "CAUSAL_LM"} | options)
     return calibrate(base, config, batches()) if needs_data(config.basis) else config
 
@@ -111,14 +125,15 @@ def dense(layer, adapter="default"):
     basis, c = layer.ctsft_basis[adapter], layer.ctsft_coefficients[adapter].detach().double()
     u, vh, start = (None if t is None else t.double() for t in (basis.u, basis.vh, basis.start))
     if start is not None:
-        c = c + start
+        c = c + (torch.diag(start) if c.ndim == 2 and start.ndim == 1 else start)
     if u is None:
         w = torch.einsum("ok,ki->oi", c, vh)
     elif vh is None:
         w = torch.einsum("ok,ik->oi", u, c)
     else:
         w = torch.einsum("ok,kl,li->oi", u, torch.diag(c) if c.ndim == 1 else c, vh)
-    return w if start is None else w - matrix(layer.get_base_layer()).detach().double()
+    replaced = layer.ctsft_config[adapter].universal_mode == "replace"
+    return w if not replaced else w - matrix(layer.get_base_layer()).detach().double()
 
 
 def twin(model, base, adapter="default"):

@@ -36,7 +36,7 @@ def test_the_defaults_are_those_of_the_papers():
         ({"form": "dense"}, r"form='dense' is unknown; choose one of diagonal, core, scores\."),
         (
             {"basis": "fourier"},
-            r"basis='fourier' is unknown; choose one of weight, random, universal, gradient, activation, file\.",
+            r"basis='fourier' is unknown; choose one of weight, random, universal, .*, file, learned\.",
         ),
         ({"weight_from": "middle"}, r"weight_from='middle' is unknown; choose one of top, bottom, random\."),
         ({"universal_mode": "both"}, r"universal_mode='both' is unknown; choose one of residual, replace\."),

@@ -18,7 +18,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
     "adapter": [
         *("seal", "config", "forms", "fused", "layer", "store", "read", "swap", "bare", "targets"),
-        *("bases", "arithmetic", "model", "resize", "calibrate", "export", "rate", "loss"),
+        *("bases", "arithmetic", "model", "resize", "calibrate", "export", "rate", "loss", "learned", "learn"),
     ],
     "quantities": ["gradients", "look", "ablation"],
     "probe": [],

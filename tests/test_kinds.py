@@ -48,7 +48,15 @@ def test_a_kind_makes_the_sides_that_it_says_and_the_number_asked_for(name):
 
 @pytest.mark.parametrize(
     ("name", "one", "both"),
-    [("weight", 5, 5), ("random", 9, 5), ("universal", 9, 5), ("gradient", 5, 5), ("activation", 9, 5), ("file", 9, 5)],
+    [
+        ("weight", 5, 5),
+        ("random", 9, 5),
+        ("universal", 9, 5),
+        ("gradient", 5, 5),
+        ("activation", 9, 5),
+        ("file", 9, 5),
+        ("learned", 9, 5),
+    ],
 )
 def test_the_most_directions_of_a_matrix(name, one, both):
     assert KINDS[name].most(torch.Size([5, 9]), both=False) == one

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ctsft.adapter.calibrate import calibrate
     from ctsft.adapter.config import CTConfig
     from ctsft.adapter.export import export_adapter
+    from ctsft.adapter.learn import learn_basis
     from ctsft.adapter.rate import learning_rate
     from ctsft.adapter.read import load_adapter
     from ctsft.adapter.resize import resize
@@ -30,6 +31,7 @@ __all__ = [
     "calibrate",
     "export_adapter",
     "hotswap",
+    "learn_basis",
     "learning_rate",
     "load_adapter",
     "resize",
@@ -43,6 +45,7 @@ HOMES = {
     "calibrate": "adapter.calibrate",
     "export_adapter": "adapter.export",
     "hotswap": "adapter.swap",
+    "learn_basis": "adapter.learn",
     "learning_rate": "adapter.rate",
     "load_adapter": "adapter.read",
     "resize": "adapter.resize",

@@ -12,8 +12,9 @@ import regex
 from ctsft.errors import CTError, told
 
 Form = Literal["diagonal", "core", "scores"]
-BasisKind = Literal["weight", "random", "universal", "gradient", "activation", "file"]
+BasisKind = Literal["weight", "random", "universal", "gradient", "activation", "file", "learned"]
 WeightFrom = Literal["top", "bottom", "random"]
+Start = Literal["zero", "mean"]
 UniversalMode = Literal["residual", "replace"]
 BasisDtype = Literal["float32", "bfloat16"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
@@ -24,10 +25,12 @@ FORMS: tuple[str, ...] = get_args(Form)
 BASES: tuple[str, ...] = get_args(BasisKind)
 DTYPES: tuple[str, ...] = get_args(ModelDtype)
 PROBES: tuple[str, ...] = get_args(Probe)
+FILED = ("file", "learned")  # kinds of basis that are read from basis_file
 
 CHOSEN = {  # the options of an adapter that are one of a few words
     "form": FORMS,
     "basis": BASES,
+    "start": get_args(Start),
     "weight_from": get_args(WeightFrom),
     "universal_mode": get_args(UniversalMode),
     "basis_dtype": get_args(BasisDtype),
@@ -80,16 +83,22 @@ class AdapterOptions:
     basis: BasisKind = field(
         default="weight",
         metadata=about(
-            "Where the directions come from; `gradient` and `activation` are made from data, `file` is read from "
-            "`basis_file`."
+            "Where the directions come from; `gradient` and `activation` are made from data, `file` and `learned` are "
+            "read from `basis_file`."
         ),
     )
     basis_file: str | None = field(
         default=None,
         metadata=about(
-            "A safetensors file with orthonormal directions, `<module>.u` (d_out, K) and `<module>.vh` (K, d_in), at "
-            "least K of them; many adapters may share it. A path that is not there is looked for in the adapter's "
-            "folder."
+            "A safetensors file with directions, `<module>.u` (d_out, K) and `<module>.vh` (K, d_in), at least K of "
+            "them: orthonormal ones, or what `ctsft basis learn` made, file or folder. Many adapters may share it. A "
+            "path that is not there is looked for in the adapter's folder."
+        ),
+    )
+    start: Start = field(
+        default="zero",
+        metadata=about(
+            "`zero`: training starts from the base model; `mean`: from the mean of a `learned` basis' siblings."
         ),
     )
     weight_from: WeightFrom = field(
@@ -135,10 +144,18 @@ class AdapterOptions:
             compiled(pattern, "k")
         if not 0 <= self.amplitude_dropout < 1:
             raise CTError(f"amplitude_dropout={self.amplitude_dropout} must be at least 0 and below 1.")
-        if self.basis == "file" and not self.basis_file:
-            raise CTError("basis='file' needs basis_file, the safetensors file that the directions are read from.")
-        if self.basis_file is not None and self.basis != "file":
-            raise CTError("basis_file is read for basis='file' only; leave it out, or choose that basis.")
+        if self.basis in FILED and not self.basis_file:
+            raise CTError(
+                f"basis='{self.basis}' needs basis_file, the safetensors file that the directions are read from."
+            )
+        if self.basis_file is not None and self.basis not in FILED:
+            kinds = " and ".join(f"basis='{name}'" for name in FILED)
+            raise CTError(f"basis_file is read for {kinds} only; leave it out, or choose one of them.")
+        if self.start == "mean" and (self.basis != "learned" or self.form == "scores"):
+            raise CTError(
+                "start='mean' sets the amplitudes to the mean of the siblings that directions were learned from; it "
+                "needs basis='learned' and a form that has amplitudes, not 'scores'."
+            )
         if self.weight_from != "top" and self.basis != "weight":
             raise CTError(
                 f"weight_from={self.weight_from!r} chooses among W's own directions; it needs basis='weight'."

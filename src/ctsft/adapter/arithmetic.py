@@ -27,7 +27,7 @@ def add_weighted(
     if to in configs:
         raise CTError(f"the model has an adapter {to!r}; give another name, or delete it first (delete_adapter).")
     first = configs[names[0]]
-    if any(configs[n].modules_to_save for n in names) or first.universal_mode == "replace":
+    if any(configs[n].modules_to_save or configs[n].universal_mode == "replace" for n in names):
         raise CTError("adapters with modules_to_save or universal_mode='replace' are no sums of small changes.")
     layers = {
         n: m for n, m in model.named_modules() if isinstance(m, CTLayer) and any(a in m.ctsft_config for a in names)
@@ -39,7 +39,9 @@ def add_weighted(
     for layer in layers.values():
         if layer.ctsft_owner:
             continue  # of a tied weight's second use, once its owner is done
-        numbers = sum(w * layer.ctsft_coefficients[n].data for n, w in zip(names, weights, strict=True))
+        numbers = sum(w * layer.coefficients(n).detach() for n, w in zip(names, weights, strict=True))
+        if (start := layer.ready(names[0]).start) is not None:  # which the sum has too: it was counted once a term
+            numbers = numbers - layer.form(names[0]).begin(start)
         layer.ctsft_config[to], layer.ctsft_basis[to] = config, layer.ctsft_basis[names[0]]
         layer.ctsft_fingerprint[to] = layer.ctsft_fingerprint[names[0]]
         layer.ctsft_coefficients[to] = nn.Parameter(torch.as_tensor(numbers), requires_grad=False)
@@ -63,6 +65,6 @@ def check_same(name: str, layer: CTLayer, names: Sequence[str]) -> None:
 
 
 def same(a: Basis, b: Basis) -> bool:
-    """Whether two bases have the same numbers."""
-    mine, theirs = a.tensors(), b.tensors()
+    """Whether two bases have the same directions; what training starts from along them may differ."""
+    mine, theirs = (replace(one, start=None).tensors() for one in (a, b))
     return mine.keys() == theirs.keys() and all(torch.equal(mine[f], theirs[f]) for f in mine)

@@ -53,6 +53,10 @@ class Form(ABC):
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """dL/dc (where wanted), and d (t, K) and b (K, d_in) with dL/dx = d b, for dL/dy = `dy` (t, d_out)."""
 
+    def begin(self, start: Tensor) -> Tensor:
+        """The c of the dW that training starts from: `start` is a basis' own (see `Basis`), of amplitudes (K,)."""
+        return start
+
     def mask(self, keep: Tensor) -> Tensor:
         """The entries of c, by a mask that broadcasts to it, that stay when of the directions only `keep` (K,) stay."""
         return keep
@@ -129,6 +133,9 @@ class Core(Between):
         assert u is not None and vh is not None
         d = product(dy, u, dy.dtype).float()
         return d.T @ kept.float() if wants_c else None, d @ c, vh
+
+    def begin(self, start: Tensor) -> Tensor:
+        return torch.diag(start)
 
     def mask(self, keep: Tensor) -> Tensor:
         return keep & keep[:, None]

@@ -114,9 +114,9 @@ class CTLayer(nn.Module, BaseTunerLayer):
         return basis.on_meta() if cast(Tensor, self.get_base_layer().weight).is_meta else basis
 
     def coefficients(self, name: str) -> Tensor:
-        """The trained numbers of adapter `name` in float32; for `replace`, the whole scores of the new W."""
+        """The trained numbers of adapter `name` in float32, and what it starts from: for `replace`, the scores of W."""
         c, start = self.ctsft_coefficients[name].float(), self.ready(name).start
-        return c if start is None else c + start
+        return c if start is None else c + self.form(name).begin(start)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """left (d_out, K) and right (K, d_in) with dW = left right; for `replace`, of the whole new W. float32."""

@@ -158,6 +158,8 @@ def stored_layout(
         if config.universal_mode == "replace":
             transposed = takes_part_transposed(name, torch.Size((d_out, d_in)), d_model) if shared else left
             expected[f"{own}.start"] = torch.float32, (d_in if transposed else d_out, k)
+        elif config.start == "mean":
+            expected[f"{own}.start"] = torch.float32, (k,)
     return expected
 
 

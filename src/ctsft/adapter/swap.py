@@ -16,7 +16,8 @@ from ctsft.compat import uncompiled
 from ctsft.errors import CTError
 
 WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")  # of a file on the hub
-SAME = ("form", "basis", "basis_dtype", "universal_mode", "k")  # what decides the shapes and what they mean
+# what decides the shapes and what they mean
+SAME = ("form", "basis", "basis_dtype", "basis_checksum", "start", "universal_mode", "k")
 
 
 def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:

@@ -23,7 +23,8 @@ class Basis:
     """Frozen directions of one matrix (d_out, d_in), float32 or rounded once to bfloat16.
 
     u: (d_out, K), or None when the left factor trains. vh: (K, d_in), or None when the right factor trains.
-    start: the scores (d_out or d_in, K) that training starts from where W is *replaced* by its K-term form, else None.
+    start: what training starts from where that is not zero: the scores (d_out or d_in, K) where W is *replaced* by its
+    K-term form, or the mean amplitudes (K,) of the siblings that the directions were learned from.
     """
 
     u: Tensor | None
@@ -67,7 +68,7 @@ class Basis:
         """The first `k` directions as views of these factors: no memory of their own."""
         u, vh, start = self.u, self.vh, self.start
         if k < self.k:
-            u, start = (None if t is None else t[:, :k] for t in (u, start))
+            u, start = (None if t is None else t[..., :k] for t in (u, start))
             vh = None if vh is None else vh[:k]
         return Basis(u, vh, start)
 

@@ -6,6 +6,7 @@ A new kind is one entry of KINDS, its name in `choices.BasisKind`, and tests. No
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,8 @@ from ctsft.spectral.weights import (
 
 Make = Callable[[str, Tensor, int], Basis]  # (module name, W (d_out, d_in), K) -> its directions
 
-ORTHONORMAL = 0.01  # how far products of a file's directions may be off: bfloat16 rounds them by less
+OFF = 0.01  # how far products and lengths of a file's directions may be off: bfloat16 rounds them by less
+LEARNED = "basis.safetensors"  # the file of directions in the folder that they were learned in
 
 # The most directions of a matrix (d_out, d_in) by the sides that a kind has, for a form that needs one side only. Where
 # both are needed, it is the smaller of d_out and d_in.
@@ -125,12 +127,19 @@ def universal_directions(model: nn.Module, d_model: int) -> Tensor:
 
 @contextmanager
 def basis_file(config: Any) -> Iterator[Any]:
-    """The basis_file of `config`, open: looked up as given, then in the folder that the adapter was read from."""
+    """The basis_file of `config`, open: looked up as given, then in the folder that the adapter was read from.
+
+    Where a folder has that name, it is LEARNED in there.
+    """
     places = [Path(config.basis_file).expanduser(), config.folder / config.basis_file]
-    path = next((p for p in places if p.is_file()), None)
+    places += [config.folder / LEARNED] if config.from_disk else []
+    path = next((p for place in places for p in (place, place / LEARNED) if p.is_file()), None)
     if path is None:
         told = " nor ".join(dict.fromkeys(map(str, places)))
-        raise CTError(f"there is no basis_file {told}; give the safetensors file that the directions lie in.")
+        raise CTError(
+            f"there is no basis_file {told}; give the safetensors file that the directions lie in (an adapter names it "
+            "in its adapter_config.json, where its path may be changed)."
+        )
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -150,7 +159,10 @@ def checksum_of(config: Any) -> str:
     return str(config.basis_checksum)
 
 
-def from_file(model: nn.Module, config: Any, ks: Collection[int], both: bool) -> Make:
+def from_file(
+    model: nn.Module, config: Any, ks: Collection[int], both: bool, check: Callable[[str, Tensor], None] | None = None
+) -> Make:
+    """`check` raises CTError where the rows (K, d), of the name it is told, are no directions; else: `orthonormal`."""
     if (found := content(config)) != checksum_of(config):
         raise CTError(
             f"basis_file {config.basis_file} holds {found} and the adapter was made with {config.basis_checksum}: its "
@@ -160,16 +172,19 @@ def from_file(model: nn.Module, config: Any, ks: Collection[int], both: bool) ->
     def read(name: str, w: Tensor, k: int) -> Basis:
         shapes = {"u": (w.shape[0], k), "vh": (k, w.shape[1])}
         with basis_file(config) as file:
-            factors = {s: directions(file, f"{clean_name(name)}.{s}", shapes[s]) for s in shapes if both or s == "vh"}
-        return Basis(factors.get("u"), factors["vh"])
+            own = clean_name(name)
+            sides = [side for side in shapes if both or side == "vh"]
+            factors = {s: directions(file, f"{own}.{s}", shapes[s], check or orthonormal) for s in sides}
+            start = siblings(file, own, k).mean(0) if config.start == "mean" else None
+        return Basis(factors.get("u"), factors["vh"], start)
 
     return read
 
 
-def directions(file: Any, key: str, shape: tuple[int, int]) -> Tensor:
+def directions(file: Any, key: str, shape: tuple[int, int], check: Callable[[str, Tensor], None]) -> Tensor:
     """The first of the tensor `key`, up to `shape`, (d_out, K) for u and (K, d_in) for vh, float32.
 
-    Raises CTError unless it is there, of these sizes, and holds orthonormal directions.
+    Raises CTError unless it is there, of these sizes, and holds directions that pass the `check`.
     """
     if key not in file.keys():  # noqa: SIM118
         raise CTError(f"basis_file has no {key}; adapt only modules that it has directions for, by target_modules.")
@@ -183,15 +198,38 @@ def directions(file: Any, key: str, shape: tuple[int, int]) -> Tensor:
         raise CTError(
             f"{key} in basis_file has NaN, infinite or whole numbers ({found.dtype}); it holds no directions."
         )
-    rows = found.double() if along == 0 else found.double().T
-    away = float((rows @ rows.T - torch.eye(len(rows), dtype=torch.float64)).abs().max())
-    if away > ORTHONORMAL:
-        raise CTError(
-            f"{key} in basis_file is not orthonormal: products of its directions are up to {away:.2g} off 0 and 1, and "
-            f"at most {ORTHONORMAL} is taken; orthonormalise them (torch.linalg.qr)."
-        )
+    check(key, found.double() if along == 0 else found.double().T)
     # a copy, for what is read is a view of the file, which its owner may write anew
     return found.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def orthonormal(key: str, rows: Tensor) -> None:
+    """CTError unless the `rows` (K, d) are."""
+    away = float((rows @ rows.T - torch.eye(len(rows), dtype=torch.float64)).abs().max())
+    if away > OFF:
+        raise CTError(
+            f"{key} in basis_file is not orthonormal: products of its directions are up to {away:.2g} off 0 and 1, and "
+            f"at most {OFF} is taken; orthonormalise them (torch.linalg.qr)."
+        )
+
+
+def unit(key: str, rows: Tensor) -> None:
+    """CTError unless the `rows` (K, d) have length 1; they need not be orthogonal."""
+    away = float((rows.norm(dim=1) - 1).abs().max())
+    if away > OFF:
+        raise CTError(
+            f"{key} in basis_file holds directions whose length is up to {away:.2g} off 1; the file is damaged, or for "
+            "basis='file'."
+        )
+
+
+def siblings(file: Any, name: str, k: int) -> Tensor:
+    """The first `k` amplitudes of every sibling (S, K) that the directions of the module `name` were learned from."""
+    key = f"{name}.siblings"
+    found: Tensor | None = file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118
+    if found is None or found.ndim != 2 or 0 in found.shape or found.shape[1] < k or not torch.isfinite(found).all():
+        raise CTError(f"{key} in basis_file does not hold {k} amplitudes of every sibling; the file is damaged.")
+    return found[:, :k].float()
 
 
 # ---- the table
@@ -218,6 +256,12 @@ KINDS = {
     "activation": Kind(sides="input", calibration=Calibration(input_grams, input_basis), stored=True),
     "file": Kind(  # the first K of a file are the same numbers whatever K, so that more may be shared as views
         sides="each", maker=from_file, decided_by=lambda o, both: (checksum_of(o),), nested=lambda *_: True
+    ),
+    "learned": Kind(  # by `ctsft.learn_basis`: of unit length, and not orthogonal
+        sides="each",
+        maker=partial(from_file, check=unit),
+        decided_by=lambda o, both: (checksum_of(o), o.start),
+        nested=lambda *_: True,
     ),
 }
 
