@@ -1,12 +1,22 @@
 """Checkpoints that a kill left whole or not, and the best state on the way."""
 
+import math
 import os
 
 import pytest
 import torch
 
 from ctsft.files import write_text
-from ctsft.tune.trainer import COMPLETE, KeepBest, inventory, last_checkpoint, read_best, restore, state_of
+from ctsft.tune.trainer import (
+    COMPLETE,
+    KeepBest,
+    inventory,
+    last_checkpoint,
+    read_best,
+    restore,
+    state_of,
+    too_long,
+)
 from helpers import adapt, randomise, tiny
 
 
@@ -35,23 +45,28 @@ def test_no_checkpoints(tmp_path):
 
 
 class State:
-    def __init__(self, step, steps):
-        self.global_step, self.max_steps = step, steps
+    def __init__(self, steps, history=()):
+        self.global_step, self.max_steps, self.log_history = 0, steps, [*history]
 
 
-def trained(path, losses, steps, first=0):
+def trained(path, losses, steps, first=0, history=()):
     """A model that goes through `steps` steps; `losses` by step are what a look at it gives."""
     model, looked = adapt(tiny()), []
 
     def loss():
-        looked.append(step)
-        return losses[step]
+        looked.append(state.global_step)
+        return losses[state.global_step]
 
-    keep = KeepBest(model, loss, path, steps)
+    keep, state = KeepBest(model, loss, path, steps, untold), State(steps, history)
     for step in range(first, steps + 1):
+        state.global_step = step
         randomise(model, seed=step, scale=float(step > 0))
-        (keep.on_train_begin if step == first else keep.on_step_end)(None, State(step, steps), None)
+        (keep.on_train_begin if step == first else keep.on_step_end)(None, state, None)
     return model, looked
+
+
+def untold(sentence):
+    raise AssertionError(sentence)
 
 
 def state_after(step):
@@ -59,7 +74,7 @@ def state_after(step):
 
 
 @pytest.mark.parametrize(
-    ("losses", "best"), [({0: 3.0, 8: 2.0, 16: 2.5, 24: 2.0}, 8), ({0: 1.0, 8: 2.0, 16: 2.5, 24: 1.0}, 0)]
+    ("losses", "best"), [({0: 3.0, 8: 2.0, 16: 2.5, 24: 2.0}, 8), ({0: 1.0, 8: 2.0, 16: 1.0, 24: 2.5}, 0)]
 )
 def test_the_lowest_loss_is_kept_and_the_first_of_equal_ones(losses, best, tmp_path):
     model, looked = trained(tmp_path / "checkpoints" / "best", losses, 32)
@@ -83,7 +98,7 @@ def test_after_a_kill_the_best_state_is_that_of_an_unbroken_run(tmp_path):
     losses = {0: 3.0, 8: 2.0, 16: 2.5, 24: 1.5, 32: 1.5}
     trained(tmp_path / "a", losses, 40)
     trained(tmp_path / "b", losses, 25)
-    trained(tmp_path / "b", losses, 40, first=5)
+    trained(tmp_path / "b", losses, 40, first=5, history=[{"step": 0, "heldout": 3.0}])
     a, b = read_best(tmp_path / "a"), read_best(tmp_path / "b")
     assert a[:2] == b[:2] == (24, 1.5)
     assert all(torch.equal(c, b[2][n]) for n, c in a[2].items())
@@ -91,5 +106,61 @@ def test_after_a_kill_the_best_state_is_that_of_an_unbroken_run(tmp_path):
 
 def test_a_look_leaves_the_model_training(tmp_path):
     model = adapt(tiny()).train()
-    KeepBest(model, lambda: float(model.eval() is None), tmp_path / "best", 8).check(0)
+    KeepBest(model, lambda: float(model.eval() is None), tmp_path / "best", 8, untold).look(State(8))
     assert model.training
+
+
+# ---- the way back
+
+
+def test_a_step_back_is_to_the_best_state_with_a_fresh_optimizer_and_a_slower_schedule(tmp_path):
+    """A quarter of the rate at every step that is left, also where the optimizer was saved and loaded in between."""
+    model, told = adapt(tiny()), []
+    numbers = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(numbers, lr=0.4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
+    keep, state = KeepBest(model, lambda: 1.0, tmp_path / "best", 10, told.append), State(10)
+    keep.look(randomised(state, model, 2))
+    for _ in range(2):
+        sum(p.square().sum() for p in numbers).backward()
+        optimizer.step()
+        schedule.step()
+    state.global_step = 4
+    keep.step_back(state, optimizer, schedule, "not finite")
+    wanted = state_after(2)
+    assert all(torch.equal(c, wanted[n]) for n, c in state_of(model).items())
+    assert not optimizer.state
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.8)
+    schedule.load_state_dict(schedule.state_dict())
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.7)
+    assert state.log_history[-1] == {"step": 4, "back_to": 2, "why": "not finite", "peak": pytest.approx(0.1)}
+    assert told == [
+        "After step 4 the loss was not finite, so the run went on from its state of step 2, its lr lowered to 0.1."
+    ]
+
+
+def randomised(state, model, step):
+    state.global_step = step
+    randomise(model, seed=step, scale=1.0)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("after_the_start", "back"),
+    [
+        ([2.0, 2.0], True),
+        ([math.inf, math.nan], True),
+        ([2.0], False),
+        ([2.0, 0.5, 2.0], False),
+        ([0.5, 2.0, 2.0], True),
+        ([1.0, 1.0], False),
+        (["back", 2.0], False),
+        ([2.0, 2.0, "back", 2.0], False),
+        ([2.0, 2.0, "back", 2.0, 2.0], True),
+    ],
+)
+def test_two_looks_in_a_row_above_the_start_are_too_long(after_the_start, back):
+    history = [{"step": 0, "heldout": 1.0}, {"step": 1, "loss": 9.0}]
+    history += [{"back_to": 0} if x == "back" else {"heldout": x} for x in after_the_start]
+    assert too_long(history) == back

@@ -1,6 +1,7 @@
 import io
 import itertools
 import json
+import math
 import re
 import shutil
 import signal
@@ -442,6 +443,72 @@ def test_a_few_rows_that_mislead_do_not_make_it_worse_than_the_start(recipe, tmp
     assert run["worse"]["kept_step"] == 0 and run["after"] == run["before"]
 
 
+# ---- a run that steps back
+
+
+@pytest.mark.usefixtures("plain_report")
+def test_a_loss_that_is_not_finite_costs_no_adapter(recipe, tmp_path):
+    """It says so, and the numbers that are kept are those of the best state."""
+    told = io.StringIO()
+    run = tune(recipe(lr=1e30), tmp_path / "run", console=Console(file=told))
+    assert (run.setbacks[0].why, run.setbacks[0].back_to) == ("not finite", 0)
+    assert run.setbacks[0].told() in told.getvalue().replace("\n", " ")
+    assert run.after == run.before and run.worse.kept_step == 0 and run.worse.end is None
+    assert "rose from" in run.warning and "to a number that is not finite" in run.warning
+    assert not numbers(tmp_path / "run")["ctsft.coefficients"].any()
+    assert all(math.isfinite(point.loss) for point in run.curve) and len(run.curve) == STEPS
+    assert read_run(tmp_path / "run" / "run.json") == run
+
+
+@pytest.fixture
+def wary(monkeypatch):
+    """Looks on the way take every move for a loss above the start's."""
+
+    def size(model, *_):
+        return float(torch.cat([c.detach().flatten() for c in coefficients(model).values()]).norm()), 1
+
+    monkeypatch.setattr(trainer, "heldout_loss", size)
+
+
+FORTY = {"steps": 40, "lr": 0.02}
+
+
+@pytest.mark.usefixtures("plain_report", "wary")
+def test_a_loss_above_its_start_for_long_lowers_the_rate(recipe, tmp_path):
+    run = tune(recipe(**FORTY), tmp_path / "run", console=Console(file=io.StringIO()))
+    assert [(back.step, back.back_to, back.why) for back in run.setbacks] == [
+        (16, 0, "above its start"),
+        (32, 0, "above its start"),
+    ]
+    assert [back.peak for back in run.setbacks] == pytest.approx([0.005, 0.00125])
+    rates = [
+        point.learning_rate / (1 - (point.step - 3) / 38) for point in run.curve[2:]
+    ]  # of the rest of the schedule
+    assert rates[:14] == pytest.approx([0.02] * 14) and rates[14:30] == pytest.approx([0.005] * 16)
+    assert rates[30:] == pytest.approx([0.00125] * 8)
+    assert run.after.heldout_loss < run.before.heldout_loss and not run.warning
+
+
+@pytest.mark.usefixtures("plain_report", "wary")
+@pytest.mark.parametrize("step", [12, 16, 17])
+@pytest.mark.parametrize("changes", [FORTY, {"lr": 1e30, "steps": 20}], ids=["above", "not finite"])
+def test_it_steps_back_to_the_same_bits_after_a_stop(step, changes, recipe, tmp_path, monkeypatch):
+    expected = quiet(recipe(**changes), tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(Stopped):
+            quiet(recipe(**changes), tmp_path / "run")
+    run = quiet(recipe(**changes), tmp_path / "run", resume=True)
+    assert run["setbacks"] == expected["setbacks"] and run["setbacks"]
+    assert_same_run(tmp_path / "run", run, tmp_path / "unbroken", expected)
+
+
+def test_a_batch_that_has_no_loss_at_all_is_one_sentence(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "summed_loss", lambda *_: (torch.tensor(math.nan), torch.tensor(1)))
+    with pytest.raises(CTError, match=r"rows of step 1 is nan at the best state too; use dtype float32"):
+        quiet(recipe(), tmp_path / "run")
+
+
 def test_the_smallest_rise_that_is_shown_counts():
     def scores(loss):
         return Scores(heldout_loss=loss, heldout_tokens=1, accuracy=None)
@@ -539,11 +606,6 @@ def test_overwrite_killed_half_way_leaves_a_run_that_can_be_resumed(stopped, unb
 def test_a_kill_while_the_folder_was_made_blocks_nothing(recipe, tmp_path):
     (tmp_path / ".recipe.json-123").write_text("{")
     folder.check_folder(recipe(), tmp_path, resume=False, overwrite=False)
-
-
-def test_a_rate_that_is_too_high_is_one_sentence(recipe, tmp_path):
-    with pytest.raises(CTError, match="smaller lr"):
-        quiet(recipe(lr=1e30), tmp_path / "run")
 
 
 def test_unknown_fields_of_an_older_record_are_named(recipe, tmp_path):

@@ -25,6 +25,10 @@ from ctsft.tune.record import Accuracy, Measured, Spectrum
 Tokens = dict[str, list[int]]  # a row in token ids: input_ids, and labels, -100 where nothing counts
 
 
+class NotFinite(CTError):
+    """The held-out loss is no number that can be compared."""
+
+
 def untold(rows: int) -> None:
     """Progress that nobody watches."""
 
@@ -55,7 +59,7 @@ def heldout_loss(
     batch_size: int = 16,
     progress: Callable[[int], object] = untold,
 ) -> tuple[float, int]:
-    """Mean loss in nats per token over all labelled tokens of `rows`, and their number. CTError if it is not finite.
+    """Mean loss in nats per token over all labelled tokens of `rows`, and their number. NotFinite if it is none.
 
     `progress(n)` is called after every n rows.
     """
@@ -71,7 +75,7 @@ def heldout_loss(
             total, tokens = total + float(loss), tokens + int(count)
             progress(len(picked))
     if not math.isfinite(total):
-        raise CTError(f"the held-out loss is {total}; use dtype float32 or bfloat16, or a smaller lr.")
+        raise NotFinite(f"the held-out loss is {total}; use dtype float32 or bfloat16, or a smaller lr.")
     return total / tokens, tokens
 
 

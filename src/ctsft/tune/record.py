@@ -121,10 +121,28 @@ class Sources(Part):
     weights: str
 
 
-class Worse(Part):
-    """Of a run whose loss rose: the scores when training ended, and the step whose state was kept in its place."""
+class Setback(Part):
+    """A step back: after `step` steps the loss was `why`, and training went on from the state of step `back_to`, the
+    rest of its schedule lowered to the peak rate `peak`."""
 
-    end: Scores
+    step: int
+    back_to: int
+    why: str
+    peak: float
+
+    def told(self) -> str:
+        """It in one sentence."""
+        return (
+            f"After step {self.step} the loss was {self.why}, so the run went on from its state of step "
+            f"{self.back_to}, its lr lowered to {self.peak:g}."
+        )
+
+
+class Worse(Part):
+    """Of a run whose loss rose: the scores when training ended (None: the loss was not finite), and the step whose
+    state was kept in its place."""
+
+    end: Scores | None
     kept_step: int
 
 
@@ -149,18 +167,20 @@ class RunRecord(Part):
     steps: int
     resumed: bool | int
     worse: Worse | None = None
+    setbacks: list[Setback] = []
     problems: list[str] = []  # what failed after the training, a sentence each
 
     def values(self) -> dict[str, Any]:
-        """The content of run.json; `worse` and `problems` are there only where they say something."""
-        return self.model_dump(exclude={name for name in ("worse", "problems") if not getattr(self, name)})
+        """The content of run.json; `worse`, `setbacks` and `problems` are there only where they say something."""
+        return self.model_dump(exclude={name for name in ("worse", "setbacks", "problems") if not getattr(self, name)})
 
     @property
     def warning(self) -> str:
         """What a user must see first, in one sentence: that the training ended worse than it began; else empty."""
         if self.worse is None:
             return ""
-        before, end, step = self.before.heldout_loss, self.worse.end.heldout_loss, self.worse.kept_step
+        before, step = self.before.heldout_loss, self.worse.kept_step
+        end = f"{self.worse.end.heldout_loss:.3f}" if self.worse.end else "a number that is not finite"
         if step == self.steps:
             kept = "no state on the way was better than the last, which was kept"
         elif step == 0:
@@ -168,7 +188,7 @@ class RunRecord(Part):
         else:
             kept = f"the adapter that was kept is that of step {step}, with {self.after.heldout_loss:.3f}"
         return (
-            f"The training ended worse than it began: the held-out loss rose from {before:.3f} to {end:.3f}; {kept}. "
+            f"The training ended worse than it began: the held-out loss rose from {before:.3f} to {end}; {kept}. "
             f"Try a smaller lr than {self.recipe.get('learning_rate', 0):g}."
         )
 

@@ -111,9 +111,9 @@ def draw_loss(run: RunRecord) -> Callable[["Axes"], None] | None:
         ax.plot(steps, losses, color=LIGHT["c0"], linewidth=0.7, alpha=0.4)
         ax.plot(steps, [sum(near) / len(near) for near in around], color=LIGHT["c0"], linewidth=1.5)
         mark(ax, 0, run.before.heldout_loss, "before", "before", end)
-        if run.worse:
+        if run.worse and run.worse.end:
             mark(ax, end, run.worse.end.heldout_loss, "at the end", "bad", end)
-        else:
+        elif not run.worse:
             mark(ax, end, run.after.heldout_loss, "after", "after", end)
         ax.set(xlabel="step", xlim=(-0.01 * end, end * 1.01))
         ax.margins(y=0.15)  # room for the held-out labels

@@ -4,7 +4,7 @@ import platform
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -40,7 +40,7 @@ from ctsft.tune.folder import (
     sweep,
     write_sealed,
 )
-from ctsft.tune.measure import Tokens, collate, measure, spectra
+from ctsft.tune.measure import NotFinite, Tokens, collate, measure, spectra
 from ctsft.tune.recipe import ADAPTER, Recipe
 from ctsft.tune.record import (
     Costs,
@@ -52,6 +52,7 @@ from ctsft.tune.record import (
     RunRecord,
     Sample,
     Scores,
+    Setback,
     Sources,
     Spectrum,
     Worse,
@@ -183,16 +184,19 @@ def rose(before: Scores, after: Scores) -> bool:
 
 
 def measured_after(parts: Parts, before: Measured, best: Path) -> tuple[Measured, Worse | None]:
-    """The scores of the trained model, as the adapter is to be saved. Where its loss rose, a better state is put back.
+    """The scores of the trained model, as the adapter is to be saved. Where its loss rose, or is not finite, a better
+    state is put back.
 
     Tried in turn, until the loss is no higher than before: the state in the file `best`, and the start.
     """
     writing = partial(parts.surviving, "writing answers after the training")
     round_trained(parts.model, parts.recipe.save_dtype)
-    end = parts.measure("the tuned model", writing)
-    if not rose(before, end):
-        return end, None
-    tried = [(end, parts.recipe.steps, state_of(parts.model))]
+    end, tried = None, []
+    with suppress(NotFinite):
+        end = parts.measure("the tuned model", writing)
+        if not rose(before, end):
+            return end, None
+        tried = [(end, parts.recipe.steps, state_of(parts.model))]
     step, _, state = read_best(best)
     candidates: dict[int, State] = {step: state} | {0: {n: torch.zeros_like(t) for n, t in state.items()}}
     for step, state in candidates.items():
@@ -203,7 +207,7 @@ def measured_after(parts: Parts, before: Measured, best: Path) -> tuple[Measured
             break
     after, step, state = min(tried, key=lambda one: one[0].heldout_loss)
     restore(parts.model, state)
-    return after, Worse(end=end.scores(), kept_step=step)
+    return after, Worse(end=end.scores() if end else None, kept_step=step)
 
 
 def tune(
@@ -263,7 +267,7 @@ def trained(parts: Parts, out: Path, resumed: bool) -> RunRecord:
         extra_memory_bytes=memory,
         seconds=curve[-1].seconds,
     )
-    run = record_of(parts, before, after, worse, curve, costs, lr, resumed)
+    run = record_of(parts, before, after, worse, curve, setbacks(trainer), costs, lr, resumed)
     with parts.surviving("writing the report"):
         write_report(run, out / "report.html")
     run.problems = parts.problems
@@ -281,12 +285,19 @@ def points(trainer: CTTrainer) -> list[Point]:
     ]
 
 
+def setbacks(trainer: CTTrainer) -> list[Setback]:
+    """Where the training stepped back, in order."""
+    history = trainer.state.log_history
+    return [Setback.model_validate({n: e[n] for n in Setback.model_fields}) for e in history if "back_to" in e]
+
+
 def record_of(
     parts: Parts,
     before: Measured,
     after: Measured,
     worse: Worse | None,
     curve: list[Point],
+    setbacks: list[Setback],
     costs: Costs,
     lr: float,
     resumed: bool,
@@ -329,6 +340,7 @@ def record_of(
         steps=recipe.steps,
         resumed=resumed,
         worse=worse,
+        setbacks=setbacks,
         problems=[*parts.problems],
     )
 

@@ -1,4 +1,4 @@
-"""Training: TRL's trainer with our loss, checkpoints that a kill leaves whole, and the best state on the way."""
+"""Training: TRL's trainer with our loss, checkpoints that a kill leaves whole, and the way back from a bad rate."""
 
 import hashlib
 import math
@@ -30,13 +30,17 @@ from ctsft.compat import count_tokens, plain_head
 from ctsft.errors import CTError
 from ctsft.files import replacing, write_text
 from ctsft.progress import watched
-from ctsft.tune.measure import Tokens, collate, heldout_loss
+from ctsft.tune.measure import NotFinite, Tokens, collate, heldout_loss
 from ctsft.tune.recipe import Recipe
+from ctsft.tune.record import Setback
 
 SAVE_EVERY = 20.0  # seconds between checkpoints
 COMPLETE = "complete"  # a file put into a checkpoint last of all, with its inventory
 BEST = "best.safetensors"  # beside the checkpoints: the best state so far
 CHECKS = 16  # looks at the held-out loss on the way, at most; every eighth step at most
+LONG = 2  # looks in a row above the start's that are too many
+RATES = ("base_lrs", "_last_lr")  # what a schedule keeps of them
+SLOWER = 0.25  # what the rate is multiplied by when a run steps back
 
 State = dict[str, Tensor]  # trained numbers by the name of their layer
 
@@ -50,20 +54,30 @@ class Stopped(KeyboardInterrupt):
 
 
 class CTTrainer(SFTTrainer):
-    """TRL's SFTTrainer with the loss computed where there is one.
+    """TRL's SFTTrainer with the loss computed where there is one, and a loss that is not finite never stepped on.
 
     TRL's own loss projects every position on the vocabulary, in float32 off CUDA, and reads `lm_head.weight` past any
-    adapter.
+    adapter. `keeper` is the KeepBest among its callbacks.
     """
 
-    def __init__(self, model: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, keeper: "KeepBest", **kwargs: Any) -> None:
+        self.keeper = keeper
         with plain_head(model):
             super().__init__(model=model, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        loss, count = summed_loss(self.accelerator.unwrap_model(model), inputs)
+        bare = self.accelerator.unwrap_model(model)
+        loss, count = summed_loss(bare, inputs)
+        if not torch.isfinite(loss):
+            self.keeper.step_back(self.state, self.optimizer, self.lr_scheduler, NOT_FINITE)
+            loss, count = summed_loss(bare, inputs)
+        if not torch.isfinite(loss):
+            raise CTError(
+                f"the loss on the rows of step {self.state.global_step + 1} is {loss.item()} at the best state too; "
+                "use dtype float32 or bfloat16, or look at the rows."
+            )
         count_tokens(self, int(inputs["attention_mask"].sum()))
         return loss / (num_items_in_batch if num_items_in_batch is not None else count)
 
@@ -75,16 +89,14 @@ class Watch(TrainerCallback):
         self.shown, self.stopped = shown, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        last: dict[str, Any] = state.log_history[-1] if state.log_history else {"seconds": 0.0, "tokens": 0}
-        self.seconds, self.tokens = last["seconds"], last["tokens"]
+        steps = [{"seconds": 0.0, "tokens": 0}, *(entry for entry in state.log_history if "loss" in entry)]
+        self.seconds, self.tokens = steps[-1]["seconds"], steps[-1]["tokens"]
         self.begun = self.saved = time.monotonic()
         self.shown.n = self.shown.last_print_n = self.shown.initial = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "loss" not in logs:
             return
-        if not math.isfinite(logs["loss"]):
-            raise CTError(f"the loss is {logs['loss']} at step {state.global_step}; start anew with a smaller lr.")
         elapsed, tokens = time.monotonic() - self.begun, int(logs["num_tokens"])
         state.log_history[-1] |= {"seconds": self.seconds + elapsed, "tokens": self.tokens + tokens}
         self.shown.set_postfix_str(f"loss {logs['loss']:.3f}, {tokens / elapsed:,.0f} tokens/s", refresh=False)
@@ -123,35 +135,69 @@ class Watch(TrainerCallback):
 # ---- the best state
 
 
+NOT_FINITE, ABOVE = "not finite", "above its start"  # why a run steps back
+
+
 class KeepBest(TrainerCallback):
-    """Keeps the state with the lowest held-out loss on the way, the start included, in the file `path`.
+    """Keeps the state with the lowest held-out loss on the way, the start included, in the file `path`; the run steps
+    back to it, at a quarter of the rate, where its loss is not finite or stays above the start's for long.
 
     `loss()` is over a batch of held-out rows, always the same ones: one forward pass at most every eighth step, about a
     twentieth of the training time. Nothing is drawn at random, so training goes on to the same bits. Every checkpoint
-    has a copy of the file as it then was.
+    has a copy of the file as it then was. Looks (`heldout`) and steps back (`back_to`) stand in the trainer's
+    log_history, which checkpoints keep: nothing else is remembered. `tell` gets a sentence for every step back.
     """
 
-    def __init__(self, model: PeftModel, loss: Callable[[], float], path: Path, steps: int) -> None:
-        self.model, self.loss, self.path = model, loss, path
+    def __init__(
+        self, model: PeftModel, loss: Callable[[], float], path: Path, steps: int, tell: Callable[[str], object] = print
+    ) -> None:
+        self.model, self.loss, self.path, self.tell = model, loss, path, tell
         self.every = max(8, -(-steps // CHECKS))
         self.best = read_best(path)[1] if path.exists() else math.inf
 
-    def check(self, step: int) -> None:
-        """Look at the loss after `step` steps, and keep the state if it is the best so far."""
+    def look(self, state: Any) -> None:
+        """Look at the held-out loss as the model stands, and keep the state if it is the best so far."""
         loss = self.loss()
         self.model.train()
+        state.log_history.append({"step": state.global_step, "heldout": loss})
         if loss < self.best:
             self.best = loss
             with replacing(self.path) as scratch:
-                save_file(state_of(self.model), scratch, {"step": str(step), "loss": repr(loss)})
+                save_file(state_of(self.model), scratch, {"step": str(state.global_step), "loss": repr(loss)})
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if math.isinf(self.best):
-            self.check(state.global_step)
+            self.look(state)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **_: Any
+    ) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self.check(state.global_step)
+            self.look(state)
+            if too_long(state.log_history):
+                self.step_back(state, optimizer, lr_scheduler, ABOVE)
+
+    def step_back(self, state: Any, optimizer: Any, lr_scheduler: Any, why: str) -> None:
+        """Go on from the best state with a fresh optimizer; the rest of the schedule is `SLOWER` as high."""
+        step, _, best = read_best(self.path)
+        restore(self.model, best)
+        optimizer.state.clear()
+        schedule = lr_scheduler.state_dict()
+        lr_scheduler.load_state_dict(schedule | {n: [lr * SLOWER for lr in schedule[n]] for n in RATES})
+        for group in optimizer.param_groups:
+            group["lr"], group["initial_lr"] = group["lr"] * SLOWER, group["initial_lr"] * SLOWER
+        back = Setback(step=state.global_step, back_to=step, why=why, peak=lr_scheduler.base_lrs[0])
+        state.log_history.append(back.model_dump())
+        self.tell(back.told())
+
+
+def too_long(history: list[dict[str, Any]]) -> bool:
+    """Whether the last `LONG` looks since the last step back all lie above the first look, that of the start."""
+    looks = [entry["heldout"] for entry in history if "heldout" in entry]
+    since: list[float] = []
+    for entry in history:
+        since = [] if "back_to" in entry else [*since, entry["heldout"]] if "heldout" in entry else since
+    return len(since) >= LONG and all(not loss <= looks[0] for loss in since[-LONG:])
 
 
 def read_best(path: Path) -> tuple[int, float, State]:
@@ -269,12 +315,23 @@ def fit(
     The best state by the first of the `heldout` rows is left in `folder` (see KeepBest). `file` gets the progress.
     """
     few, pad = heldout[: recipe.batch_size], tokenizer.pad_token_id
-    checkpoint = last_state(folder, lambda told: print(told, file=file))
+
+    def tell(sentence: str) -> None:
+        print(sentence, file=file)
+
+    def look() -> float:
+        try:
+            return heldout_loss(model, few, pad)[0]
+        except NotFinite:
+            return math.inf
+
+    checkpoint = last_state(folder, tell)
     with watched(text="training", total=recipe.steps, file=file) as shown:
         watch = Watch(shown)
-        best = KeepBest(model, lambda: heldout_loss(model, few, pad)[0], folder / BEST, recipe.steps)
+        best = KeepBest(model, look, folder / BEST, recipe.steps, tell)
         trainer = CTTrainer(
             model=model,
+            keeper=best,
             args=sft_config(recipe, folder, lr),
             train_dataset=rows.select_columns(["input_ids", "labels"]),
             data_collator=lambda rows: collate(rows, pad),
