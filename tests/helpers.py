@@ -16,7 +16,8 @@ from ctsft.spectral.kinds import needs_data
 from ctsft.spectral.weights import matrices, matrix
 
 SHAPES = ("llama", "gpt2", "photonic")
-FORMS = ("diagonal", "core", "scores")
+FORMS = ("diagonal", "core", "scores", "gains")
+EVEN = 0.1  # the amplitudes of `gains` where its numbers are zero
 BASES = ("weight", "random", "universal", "gradient", "activation", "file", "learned")
 DTYPES = (torch.float32, torch.bfloat16)
 VOCABULARY = 37
@@ -126,7 +127,9 @@ def dense(layer, adapter="default"):
     u, vh, start = (None if t is None else t.double() for t in (basis.u, basis.vh, basis.start))
     if start is not None:
         c = c + (torch.diag(start) if c.ndim == 2 and start.ndim == 1 else start)
-    if u is None:
+    if layer.ctsft_config[adapter].form == "gains":
+        w = torch.einsum("o,ok,k,ki->oi", c[: len(u)], u, c[len(u) :] + EVEN, vh)
+    elif u is None:
         w = torch.einsum("ok,ki->oi", c, vh)
     elif vh is None:
         w = torch.einsum("ok,ik->oi", u, c)
@@ -134,6 +137,19 @@ def dense(layer, adapter="default"):
         w = torch.einsum("ok,kl,li->oi", u, torch.diag(c) if c.ndim == 1 else c, vh)
     replaced = layer.ctsft_config[adapter].universal_mode == "replace"
     return w if not replaced else w - matrix(layer.get_base_layer()).detach().double()
+
+
+def along(layer, g, adapter="default"):
+    """The gradient of the trained numbers of a layer, from that of its dense weight `g` (d_out, d_in)."""
+    form, basis, c = layer.ctsft_config[adapter].form, layer.ctsft_basis[adapter], layer.ctsft_coefficients[adapter]
+    if form == "scores":
+        return g @ basis.vh.T if basis.u is None else g.T @ basis.u
+    seen = basis.u.T @ g @ basis.vh.T
+    if form == "gains":
+        gains, a = c.detach()[: len(basis.u)], c.detach()[len(basis.u) :] + EVEN
+        own = basis.u.T @ (gains[:, None] * g) @ basis.vh.T
+        return torch.cat([(g * (basis.u @ torch.diag(a) @ basis.vh)).sum(1), own.diagonal()])
+    return seen.diagonal() if form == "diagonal" else seen
 
 
 def twin(model, base, adapter="default"):

@@ -18,6 +18,7 @@ from helpers import (
     HEAD,
     SHAPES,
     adapt,
+    along,
     assert_close,
     assert_same_bits,
     coefficients,
@@ -64,7 +65,7 @@ def test_coefficients_train_in_float32_and_are_all_that_trains(shape, form, basi
     assert all("ctsft_coefficients" in n and p.dtype == torch.float32 for n, p in trained.items())
     for layer in owners(model).values():
         d_out, d_in = matrix(layer.get_base_layer()).shape
-        shapes = {"diagonal": {(4,)}, "core": {(4, 4)}, "scores": {(d_out, 4), (d_in, 4)}}
+        shapes = {"diagonal": {(4,)}, "core": {(4, 4)}, "scores": {(d_out, 4), (d_in, 4)}, "gains": {(d_out + 4,)}}
         assert tuple(layer.ctsft_coefficients["default"].shape) in shapes[form]
         for factor in layer.ctsft_basis["default"].tensors().values():
             assert factor.dtype == torch.float32 and not factor.requires_grad
@@ -100,13 +101,7 @@ def test_forward_and_gradient_equal_those_of_dense_weights(shape, form, basis):
     for name, layer in owners(model).items():
         module = slow.get_submodule(name)
         g = matrix(module, module.weight.grad)
-        b = layer.ctsft_basis["default"]
-        if form == "scores":
-            expected = g @ b.vh.T if b.u is None else g.T @ b.u
-        else:
-            expected = b.u.T @ g @ b.vh.T
-            expected = expected.diagonal() if form == "diagonal" else expected
-        assert_close(layer.ctsft_coefficients["default"].grad, expected, 1e-4)
+        assert_close(layer.ctsft_coefficients["default"].grad, along(layer, g), 1e-4)
 
 
 @every
@@ -308,10 +303,8 @@ def test_a_tied_embedding_and_head_have_one_adapter(shape, form, basis, tmp_path
     model(input_ids=ids(), labels=ids()).loss.backward()
     slow(input_ids=ids(), labels=ids()).loss.backward()
     g, b = tied_weights(slow)[0].grad, embedding.ctsft_basis["default"]
-    expected = g @ b.vh.T if form == "scores" else b.u.T @ g @ b.vh.T
-    expected = expected.diagonal() if form == "diagonal" else expected
     c = embedding.ctsft_coefficients["default"]
-    assert_close(c.grad, expected, 1e-4)
+    assert_close(c.grad, along(embedding, g), 1e-4)
 
     save_adapter(model, tmp_path / "a")
     kept = sum(t.numel() for t in b.tensors().values()) if basis == "gradient" else 0
@@ -493,7 +486,7 @@ def test_amplitude_dropout_drops_whole_directions_in_training_only():
     assert len(seen) > 3
 
 
-@pytest.mark.parametrize("kind", ("diagonal", "core", "scores"))
+@pytest.mark.parametrize("kind", FORMS)
 def test_amplitude_dropout_of_an_embedding(kind):
     model = randomise(adapt(tiny(), form=kind, target_modules=["embed_tokens"], amplitude_dropout=0.5))
     layer = model.base_model.model.get_input_embeddings().train()
@@ -581,7 +574,9 @@ def test_the_trained_numbers_are_float32_whatever_is_asked(tmp_path):
         assert {c.dtype for c in coefficients(one).values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("options", [{}, {"form": "core"}, {"form": "scores", "basis": "universal"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "core"}, {"form": "scores", "basis": "universal"}, {"form": "gains"}], ids=str
+)
 def test_a_model_on_the_meta_device_tells_its_shapes(options):
     model = adapt(tiny(), **options)
     wanted = logits(model).shape

@@ -69,6 +69,7 @@ REPLACE = {"form": "scores", "basis": "universal", "universal_mode": "replace"}
         ({}, {"k": 3}, {}, "other directions or forms"),
         ({}, {"target_modules": ["q_proj"]}, {}, "adapter 'second' does not adapt model.layers.0.self_attn.k_proj"),
         (REPLACE, None, {}, "universal_mode='replace' are no sums"),
+        ({"form": "gains"}, None, {}, "'default' has form='gains', in whose numbers the change is not linear"),
         ({}, None, {"weights": [1.0]}, "2 adapters and 1 weights; give one weight an adapter"),
         ({}, None, {"adapters": ["default", "third"]}, "no adapter 'third'; it has default, second"),
         ({}, None, {"adapter_name": "second"}, "the model has an adapter 'second'; give another name"),

@@ -61,7 +61,7 @@ def assert_same_bases(a, b):
             assert_same_bits(one, other)
 
 
-@pytest.mark.parametrize("form", ["diagonal", "core", "scores"])
+@pytest.mark.parametrize("form", ["diagonal", "core", "scores", "gains"])
 @pytest.mark.parametrize("choice", ["top", "bottom", "random"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_second_start_makes_no_basis_and_has_the_same_bits(form, choice, dtype, bases, monkeypatch):

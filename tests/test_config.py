@@ -33,7 +33,7 @@ def test_the_defaults_are_those_of_the_papers():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"form": "dense"}, r"form='dense' is unknown; choose one of diagonal, core, scores\."),
+        ({"form": "dense"}, r"form='dense' is unknown; choose one of diagonal, core, scores, gains\."),
         (
             {"basis": "fourier"},
             r"basis='fourier' is unknown; choose one of weight, random, universal, .*, file, learned\.",

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ctsft.adapter.forms import FORMS as BY_NAME
 from ctsft.adapter.fused import AdaptedLinear
 from ctsft.adapter.layer import CTLinear
-from helpers import FORMS, adapt, assert_close, assert_same_bits, ids, owners, randomise, tiny
+from helpers import EVEN, FORMS, adapt, assert_close, assert_same_bits, ids, owners, randomise, tiny
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FACTORS = ("float32", "bfloat16")
@@ -22,7 +22,9 @@ def pieces(form, side="left", dtype=torch.float32, factors=torch.float32, bias=F
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     u, vh = torch.linalg.qr(randn(7, 3))[0].to(factors), torch.linalg.qr(randn(5, 3))[0].T.to(factors)
-    c = {"diagonal": randn(3), "core": randn(3, 3), "scores": randn(7 if side == "left" else 5, 3)}[form].float()
+    c = {"diagonal": randn(3), "core": randn(3, 3), "scores": randn(7 if side == "left" else 5, 3), "gains": randn(10)}[
+        form
+    ].float()
     if form == "scores":
         u, vh = (None, vh) if side == "left" else (u, None)
     x = randn(2, 4, 5).to(dtype)
@@ -37,12 +39,15 @@ def slow(x, weight, bias, u, c, vh):
     """The dense formula in float64, by plain autograd."""
     u, c, vh = (None if t is None else t.double() for t in (u, c, vh))
     left = c if u is None else u
+    if len(c) == 10:  # gains
+        dense = weight.double() + c[:7, None] * (u * (c[7:] + EVEN)) @ vh
+        return x.double() @ dense.T + (0 if bias is None else bias.double())
     middle = torch.eye(3, dtype=torch.float64) if u is None or vh is None else torch.diag(c) if c.ndim == 1 else c
     dense = weight.double() + left @ middle @ (c.T if vh is None else vh)
     return x.double() @ dense.T + (0 if bias is None else bias.double())
 
 
-FORM_SIDES = [("diagonal", "left"), ("core", "left"), ("scores", "left"), ("scores", "right")]
+FORM_SIDES = [("diagonal", "left"), ("core", "left"), ("scores", "left"), ("scores", "right"), ("gains", "left")]
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from ctsft.errors import CTError
 from ctsft.quantities.gradients import (
     TOP,
     AbsMeanOverStd,
@@ -89,7 +90,7 @@ def test_diversity_when_k_grows():
     assert grown.value() == pytest.approx(padded.value())
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [f for f in FORMS if f != "gains"])
 def test_the_constrained_gradient_has_the_rank_of_its_dense_form(form):
     model = whole(form=form)
     backward(model, rows())
@@ -101,6 +102,13 @@ def test_the_constrained_gradient_has_the_rank_of_its_dense_form(form):
     found = constrained_effective_rank(amplitude_gradients(model))
     assert found == pytest.approx(sum(ranks) / len(ranks), rel=1e-4)
     assert 1 < found <= 6
+
+
+def test_gains_have_no_gradient_of_directions_alone():
+    model = whole(form="gains")
+    backward(model, rows())
+    with pytest.raises(CTError, match=r"form='gains' has gradients that are not of directions alone; only the norms"):
+        amplitude_gradients(model)
 
 
 def test_mean_over_std_is_numpys():

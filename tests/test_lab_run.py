@@ -15,7 +15,7 @@ from ctsft.models.load import load_tokenizer, resolve
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 from ctsft.spectral.weights import fingerprint
 
-METHODS = ("diagonal", "core", "scores", "full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms")
+METHODS = ("diagonal", "core", "scores", "gains", "full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,8 +15,8 @@ from helpers import EMBEDDING, HEAD, SHAPES, VOCABULARY, assert_close, assert_sa
 
 pytestmark = pytest.mark.filterwarnings("ignore:the first loss")  # tiny random models guess worse than uniform
 
-METHODS = ("diagonal", "core", "scores", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms", "full")
-WITH_K = METHODS[:6]
+METHODS = ("diagonal", "core", "scores", "gains", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms", "full")
+WITH_K = METHODS[:7]
 TARGETS = ("paper", "blocks", "last2", "last2+head")
 BASES = ("weight", "random", "universal", "gradient", "activation")
 BLOCK = {  # (d_out, d_in) of the matrices of one block of width 16
@@ -69,6 +69,7 @@ def expected_count(shape, method, wanted, k=3):
         "lora-fa": k * outs,
         "lora": k * (outs + ins),
         "vera": len(shapes) * k + outs,
+        "gains": len(shapes) * k + outs,
         "ia3": outs + blocks * (inner - d_model),  # the last matrix of an MLP is scaled at its input
         "full": sum(o * i for o, i in shapes),
         "norms": vectors[shape],

@@ -10,6 +10,7 @@ from ctsft import CTConfig, CTError, resize, save_adapter
 from ctsft.adapter.resize import fitted
 from helpers import (
     BASES,
+    EVEN,
     FORMS,
     SHAPES,
     adapt,
@@ -24,6 +25,16 @@ from helpers import (
     tiny,
     twin,
 )
+
+
+def shared(form, c, k):
+    """Of the trained numbers `c` at K = 6, those of the first `k` directions."""
+    return {
+        "diagonal": lambda: c[:k],
+        "core": lambda: c[:k, :k],
+        "scores": lambda: c[:, :k],
+        "gains": lambda: c[: len(c) - 6 + k],
+    }[form]()
 
 
 @pytest.mark.parametrize("basis", BASES)
@@ -42,9 +53,9 @@ def test_k_changes_in_place(shape, form, basis, tmp_path):
     assert_close(logits(model), before, 1e-5)  # new directions start at zero
     for name, c in coefficients(model).items():
         assert c is parameters[name] and c.requires_grad
-        kept = c[:3] if form == "diagonal" else c[:3, :3] if form == "core" else c[:, :3]
-        assert_same_bits(kept, old[name])
-        assert c.detach().count_nonzero() == old[name].numel()
+        assert_same_bits(shared(form, c, 3), old[name])
+        new = torch.zeros_like(c) if form != "gains" else torch.full_like(c, -EVEN)
+        assert (c.detach() == new).sum() == c.numel() - old[name].numel()
     fresh = adapt(tiny(shape), k=6, form=form, basis=basis)
     for name, layer in owners(model).items():
         again = owners(fresh)[name].ctsft_basis["default"].tensors()
@@ -60,9 +71,7 @@ def test_k_changes_in_place(shape, form, basis, tmp_path):
     wide = {n: c.detach().clone() for n, c in coefficients(model).items()}
     resize(model, 2)
     for name, c in coefficients(model).items():
-        assert_same_bits(
-            c, wide[name][:2] if form == "diagonal" else wide[name][:2, :2] if form == "core" else wide[name][:, :2]
-        )
+        assert_same_bits(c, shared(form, wide[name], 2))
     assert_close(logits(model), logits(twin(model, tiny(shape))), 1e-5)
 
 

@@ -11,7 +11,7 @@ import regex
 
 from ctsft.errors import CTError, told
 
-Form = Literal["diagonal", "core", "scores"]
+Form = Literal["diagonal", "core", "scores", "gains"]
 BasisKind = Literal["weight", "random", "universal", "gradient", "activation", "file", "learned"]
 WeightFrom = Literal["top", "bottom", "random"]
 Start = Literal["zero", "mean"]
@@ -78,7 +78,10 @@ class AdapterOptions:
     )
     form: Form = field(
         default="diagonal",
-        metadata=about("`diagonal`: K amplitudes; `core`: a K x K matrix; `scores`: one whole factor, d_out x K."),
+        metadata=about(
+            "`diagonal`: K amplitudes; `core`: a K x K matrix; `scores`: one whole factor, d_out x K; `gains`: a gain "
+            "for each of d_out outputs and K amplitudes (as VeRA)."
+        ),
     )
     basis: BasisKind = field(
         default="weight",
@@ -151,10 +154,10 @@ class AdapterOptions:
         if self.basis_file is not None and self.basis not in FILED:
             kinds = " and ".join(f"basis='{name}'" for name in FILED)
             raise CTError(f"basis_file is read for {kinds} only; leave it out, or choose one of them.")
-        if self.start == "mean" and (self.basis != "learned" or self.form == "scores"):
+        if self.start == "mean" and (self.basis != "learned" or self.form not in ("diagonal", "core")):
             raise CTError(
                 "start='mean' sets the amplitudes to the mean of the siblings that directions were learned from; it "
-                "needs basis='learned' and a form that has amplitudes, not 'scores'."
+                "needs basis='learned' and form='diagonal' or 'core'."
             )
         if self.weight_from != "top" and self.basis != "weight":
             raise CTError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis
@@ -18,7 +19,7 @@ def add_weighted(
     """Add to the layers of `model` the adapter `to`, dW = sum of w dW_i over the adapters `names` with these `weights`.
 
     `configs`: the configs of all adapters, by name; that of `to` is put in. Raises CTError, with nothing added, unless
-    all have one form and, in every layer, the same directions.
+    all have one form, in whose numbers dW is linear, and in every layer the same directions.
     """
     if not names or len(names) != len(weights):
         raise CTError(f"{len(names)} adapters and {len(weights)} weights; give one weight an adapter.")
@@ -29,6 +30,11 @@ def add_weighted(
     first = configs[names[0]]
     if any(configs[n].modules_to_save or configs[n].universal_mode == "replace" for n in names):
         raise CTError("adapters with modules_to_save or universal_mode='replace' are no sums of small changes.")
+    if unfit := [n for n in names if not FORMS[configs[n].form].linear]:
+        raise CTError(
+            f"adapter {unfit[0]!r} has form={configs[unfit[0]].form!r}, in whose numbers the change is not linear, so "
+            "sums of them mean nothing; export the adapters as LoRA and add those."
+        )
     layers = {
         n: m for n, m in model.named_modules() if isinstance(m, CTLayer) and any(a in m.ctsft_config for a in names)
     }

@@ -15,13 +15,15 @@ from ctsft.spectral.basis import Basis
 
 
 class Form(ABC):
-    """dW = left right, (d_out, K) (K, d_in), with one frozen or trained factor each, and c the trained numbers.
+    """dW = left right, (d_out, K) (K, d_in), made of frozen factors and c, the trained numbers; zero where c is.
 
     The basis is `Basis(u, vh)`; c is float32. Products with c run in float32, those with u and vh in the wider of their
     and the input's dtype.
     """
 
     both: ClassVar[bool] = True  # whether it needs u and vh, or trains one of them
+    linear: ClassVar[bool] = True  # whether dW is linear in c, so that adapters along the same directions add up
+    absent: ClassVar[float] = 0.0  # what the numbers of a direction hold where it adds nothing
     rate: ClassVar[float]  # its best learning rate as a share of a typical singular value, at K = 64 (see rate.py)
 
     @abstractmethod
@@ -57,9 +59,13 @@ class Form(ABC):
         """The c of the dW that training starts from: `start` is a basis' own (see `Basis`), of amplitudes (K,)."""
         return start
 
-    def mask(self, keep: Tensor) -> Tensor:
-        """The entries of c, by a mask that broadcasts to it, that stay when of the directions only `keep` (K,) stay."""
-        return keep
+    def weighted(self, c: Tensor, by: Tensor) -> Tensor:
+        """c with what every direction adds multiplied by its number in `by` (K,); of `core`, on the input side."""
+        return c * by
+
+    def only(self, c: Tensor, keep: Tensor) -> Tensor:
+        """c where of the directions only those of `keep` (K,), a mask, add anything."""
+        return self.weighted(c, keep.to(c))
 
 
 class Between(Form):
@@ -137,8 +143,8 @@ class Core(Between):
     def begin(self, start: Tensor) -> Tensor:
         return torch.diag(start)
 
-    def mask(self, keep: Tensor) -> Tensor:
-        return keep & keep[:, None]
+    def only(self, c: Tensor, keep: Tensor) -> Tensor:
+        return torch.where(keep & keep[:, None], c, 0.0)
 
 
 class Scores(Form):
@@ -182,7 +188,61 @@ class Scores(Form):
         return kept.float().T @ d if wants_c else None, d, c.T
 
 
-FORMS: dict[str, Form] = {"diagonal": Diagonal(), "core": Core(), "scores": Scores()}
+class Gains(Between):
+    """dW = diag(b) U diag(a) Vh: c (d_out + K,) is b, a gain for every output, and then a - EVEN, amplitudes.
+
+    The idea is VeRA's (Kopiczko et al. 2024, there EVEN is 0.1). At c = 0 dW is zero, and its gradient in b is not.
+    """
+
+    rate = 0.02
+    linear = False
+    EVEN = 0.1  # the amplitudes at the start: a step of b changes dW by a tenth of its size, one of a by ten times
+    absent = -EVEN
+
+    def parts(self, c: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """b (d_out,) and a (K,)."""
+        return c[:-k], c[-k:] + self.EVEN
+
+    def shape(self, w: torch.Size, basis: Basis | None, k: int) -> tuple[int, ...]:
+        return (w[0] + k,)
+
+    def mixed(self, z: Tensor, c: Tensor) -> Tensor:
+        return z * self.parts(c, z.shape[-1])[1]
+
+    def factors(self, basis: Basis, c: Tensor) -> tuple[Tensor, Tensor]:
+        u, vh = both_of(basis)
+        b, a = self.parts(c, basis.k)
+        return b[:, None] * u.float() * a, vh.float()
+
+    def delta(self, x: Tensor, basis: Basis, c: Tensor) -> Tensor:
+        return super().delta(x, basis, c) * self.parts(c, basis.k)[0]
+
+    def rows(self, ids: Tensor, basis: Basis, c: Tensor) -> Tensor:
+        u, vh = both_of(basis)
+        b, a = self.parts(c, basis.k)
+        return F.embedding(ids, b[:, None]) * F.embedding(ids, u).float() * a @ vh.float()
+
+    def forward(self, x: Tensor, u: Tensor | None, c: Tensor, vh: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        a, right, z = super().forward(x, u, c, vh)
+        return a, (right * self.parts(c, z.shape[-1])[0]).to(z.dtype), z
+
+    def backward(
+        self, dy: Tensor, kept: Tensor, u: Tensor | None, c: Tensor, vh: Tensor | None, wants_c: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        assert u is not None and vh is not None
+        b, a = self.parts(c, vh.shape[0])
+        d = product(dy, (b[:, None] * u).to(kept.dtype), dy.dtype) * a
+        if not wants_c:
+            return None, d, vh
+        g = dy.float().T @ kept.float() * u  # (d_out, K): dL/dW seen from the input side, times u
+        return torch.cat([g @ a, b @ g]), d, vh
+
+    def weighted(self, c: Tensor, by: Tensor) -> Tensor:
+        b, own = c[: -len(by)], c[-len(by) :]
+        return torch.cat([b, own * by + self.absent * (1 - by)])
+
+
+FORMS: dict[str, Form] = {"diagonal": Diagonal(), "core": Core(), "scores": Scores(), "gains": Gains()}
 
 
 def both_of(basis: Basis) -> tuple[Tensor, Tensor]:

@@ -138,7 +138,7 @@ class CTLayer(nn.Module, BaseTunerLayer):
         c, p = self.coefficients(name), self.ctsft_config[name].amplitude_dropout
         if not self.training or p == 0:
             return c
-        return c * F.dropout(torch.ones(c.shape[-1], device=c.device), p)
+        return self.form(name).weighted(c, F.dropout(torch.ones(self.ready(name).k, device=c.device), p))
 
     def delta(self, name: str, x: Tensor) -> Tensor:
         """What adapter `name` adds to the output for input `x` (..., d_in); for `replace`, all of W x."""

@@ -20,7 +20,7 @@ def resize(
     optimizer: torch.optim.Optimizer | None = None,
     carry: bool = False,
 ) -> None:
-    """Change K of an adapter in place, also during training: shared directions keep their values, new ones are zero.
+    """Change K of an adapter in place, also during training: shared directions keep their values, new ones add nothing.
 
     The parameters stay the same objects; a loss from before must not be kept with its graph (detach it), for autograd
     remembers the shapes in there. With `optimizer`, their state is reset, or with `carry` kept for shared
@@ -57,16 +57,16 @@ def resize(
             continue
         parameter = layer.ctsft_coefficients[adapter_name]
         shape = layer.coefficient_shape(adapter_name, ks[names[id(layer)]])
-        parameter.data, parameter.grad = fitted(parameter.data, shape), None
+        parameter.data, parameter.grad = fitted(parameter.data, shape, layer.form(adapter_name).absent), None
         if parameter in state:
             moments = state.pop(parameter)
             if carry:
                 state[parameter] = {n: fitted(v, shape) if v.ndim else v for n, v in moments.items()}
 
 
-def fitted(old: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`old` cut or padded with zeros to `shape`."""
-    new = old.new_zeros(shape)
+def fitted(old: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
+    """`old` cut or padded with `fill` to `shape`."""
+    new = old.new_full(shape, fill)
     common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, shape, strict=True))
     new[common] = old[common]
     return new

@@ -19,7 +19,7 @@ def ablation(
     seed: int = 0,
     adapter_name: str = "default",
 ) -> dict[str, float]:
-    """loss() by the number of trained directions kept in every matrix, all others set to zero (paper 85).
+    """loss() by the number of trained directions kept in every matrix, all others adding nothing (paper 85).
 
     order: `order` keeps the first, `reverse` the last, `random` a seeded choice per matrix, nested over the counts. A
     matrix with fewer directions keeps all. In evaluation mode; the model is left bit for bit as it was. Keys are the
@@ -43,10 +43,10 @@ def ablation(
         try:
             for count in kept:
                 for name, c in whole.items():
-                    mask = torch.zeros(c.shape[-1], dtype=torch.bool)
-                    mask[ranked(name, c.shape[-1])[:count]] = True
-                    left = layers[name].form(adapter_name).mask(mask).to(c.device)
-                    pieces[name].data = torch.where(left, c, 0.0)
+                    layer, k = layers[name], layers[name].ready(adapter_name).k
+                    mask = torch.zeros(k, dtype=torch.bool)
+                    mask[ranked(name, k)[:count]] = True
+                    pieces[name].data = layer.form(adapter_name).only(c, mask.to(c.device))
                 losses[str(count)] = float(loss())
         finally:
             for name, c in whole.items():

@@ -94,8 +94,17 @@ class Diversity:
 
 
 def amplitude_gradients(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """The `.grad` of the trained piece of every adapted matrix, by clean name; zero where there is none."""
-    pieces = {n: m.ctsft_coefficients[adapter_name] for n, m in layers_of(model, adapter_name, NORMS).items()}
+    """The `.grad` of the trained piece of every adapted matrix, by clean name; zero where there is none.
+
+    Raises CTError for a form in whose numbers dW is not linear: its gradient is not one of directions.
+    """
+    layers = layers_of(model, adapter_name, NORMS)
+    if unfit := [m for m in layers.values() if not m.form(adapter_name).linear]:
+        raise CTError(
+            f"form={unfit[0].ctsft_config[adapter_name].form!r} has gradients that are not of directions alone"
+            f"{NORMS}, and coverage any adapter."
+        )
+    pieces = {n: m.ctsft_coefficients[adapter_name] for n, m in layers.items()}
     return {n: torch.zeros_like(p) if p.grad is None else p.grad.detach() for n, p in pieces.items()}
 
 
