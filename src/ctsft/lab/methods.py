@@ -3,7 +3,8 @@
 All of them start at the base model exactly (`universal_mode="replace"` excepted), and with scale 1: the learning rate
 is tuned for every arm, and a scale would only move it. What trains, per adapted matrix (d_out, d_in):
 
-- `diagonal` K, `core` K^2, `scores` K d_out: our forms, see CTConfig.
+- `diagonal` K, `core` K^2, `scores` K d_out, `gains` K + d_out: our forms, see CTConfig.
+- `tinylora`, `unilora`, `grouped`, `moved`, `with-norms`: K in the mean, see lone.py.
 - `lora` K (d_out + d_in): alpha = K. `lora-fa` K d_out: its random factor is frozen (Zhang et al. 2023).
 - `lora-xs` K^2: dW = U_K S_K R Vh_K (Balazy et al. 2024); `core` with the singular values folded into U.
 - `vera` K + d_out (Kopiczko et al. 2024). `ia3`: d_out, or d_in where it scales the MLP's inner activations (Liu et
@@ -34,6 +35,7 @@ from ctsft.adapter.store import adapted
 from ctsft.adapter.targets import find_targets
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
+from ctsft.lab.lone import LONE, attach
 from ctsft.lab.schedule import counted_parameters
 from ctsft.lab.spec import Spec
 from ctsft.spectral.collect import mean_gradients
@@ -42,7 +44,7 @@ from ctsft.spectral.kinds import needs_data
 from ctsft.spectral.weights import matrix
 
 LORAS = ("lora", "lora-fa", "lora-xs")
-LINEAR_ONLY = ("ia3", "vera")  # methods that know no embedding
+LINEAR_ONLY = ("ia3", "vera", *LONE)  # methods that know no embedding
 FEEDFORWARD = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING | {"photonic_gpt": ["mlp.down"]}
 Batches = Iterable[Mapping[str, Tensor]]
 
@@ -136,8 +138,9 @@ def targets(model: nn.Module, spec: Spec) -> dict[str, nn.Module]:
     """The modules that `spec` adapts in the bare transformers `model`, by name, in the model's order.
 
     `paper`: all linear matrices of the blocks and the token embedding, with it the head that is tied to it; `blocks`:
-    without the embedding; `last2`: of the last two blocks; `last2+head`: these and the output head. IA3, VeRA and the
-    basis `activation` know no embedding and adapt the blocks alone; `norms` adapts no matrix, whatever the targets.
+    without the embedding; `last2`: of the last two blocks; `last2+head`: these and the output head. IA3, VeRA, what is
+    in LONE and the basis `activation` know no embedding and adapt the blocks alone; `norms` adapts no matrix, whatever
+    the targets.
     """
     if spec.method == "norms":
         return {}
@@ -184,7 +187,7 @@ def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
     """
     if spec.method not in FORMS and (spec.dropout or spec.schedule or spec.allocation != "uniform"):
         raise CTError(f"{spec.method} has no dropout, schedule or allocation of K; only {', '.join(FORMS)} have.")
-    if spec.method in (*FORMS, *LORAS, "vera") and spec.k < 1:
+    if spec.method in (*FORMS, *LORAS, *LONE, "vera") and spec.k < 1:
         raise CTError(f"{spec.method} needs k of at least 1 and has k={spec.k}.")
     batches = list(batches)
     base, buffers = frozenset(model.parameters()), buffer_bytes(model)
@@ -200,6 +203,9 @@ def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
             module.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
         return Equipped(model, spec, names, shapes, base, buffers)
 
+    if spec.method in LONE:
+        attach(model, modules, spec.method, spec.k, spec.basis, spec.seed)
+        return Equipped(model, spec, names, shapes, base, buffers)
     if spec.method in FORMS:
         config: Any = spectral_config(model, spec, modules, batches)
     elif spec.method == "lora-xs":

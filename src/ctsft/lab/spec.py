@@ -16,7 +16,10 @@ from ctsft.lab.schedule import parse_schedule
 TUNE_SEEDS = range(1000, 1100)  # never among the seeds that a claim is judged on
 PAPER_LR = 5e-3
 
-Method = Literal["diagonal", "core", "scores", "gains", "full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms"]
+Forms = Literal["diagonal", "core", "scores", "gains"]
+Published = Literal["full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms"]
+Lone = Literal["tinylora", "unilora", "grouped", "moved", "with-norms"]  # see lone.py
+Method = Literal[Forms, Published, Lone]
 Protocol = Literal["honest", "paper"]
 
 
