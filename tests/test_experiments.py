@@ -206,7 +206,7 @@ def test_missing_files(tmp_path):
 
 
 def test_what_is_not_there(laboratory):
-    with pytest.raises(CTError, match=r"there is no experiment '90'; there are 76, 78, 81, .*, arena\.$"):
+    with pytest.raises(CTError, match=r"there is no experiment '90'; there are 76, 78, 81, .*, lone\.$"):
         list(arms(laboratory, "90"))
     with pytest.raises(CTError, match=r"there is no profile 'ful'; there are quick, full\.$"):
         list(arms(laboratory, "81", "ful"))
@@ -218,9 +218,9 @@ def test_what_is_not_there(laboratory):
 
 
 def test_every_paper_has_its_experiment(laboratory):
-    assert set(laboratory.experiments) == {*map(str, (76, 78, *range(81, 90))), "88-rate", "arena"}
+    assert set(laboratory.experiments) == {*map(str, (76, 78, *range(81, 90))), "88-rate", "arena", "lone"}
     for name, found in laboratory.experiments.items():
-        assert found.source == ("ours" if name == "arena" else name.partition("-")[0])
+        assert found.source == ("ours" if name in ("arena", "lone") else name.partition("-")[0])
         assert found.question.endswith("?") and found.notes and found.tables and found.figures
         assert all(note.endswith(".") for note in found.notes)
 
@@ -229,7 +229,7 @@ def test_every_paper_has_its_experiment(laboratory):
 def test_arms_are_possible_and_differ(laboratory, profile, protocol):
     for name in laboratory.experiments:
         found = list(arms(laboratory, name, profile, protocol))
-        assert found or (name, protocol) == ("arena", "paper")
+        assert found or (name, protocol) in (("arena", "paper"), ("lone", "paper"))
         assert max(Counter((a.name, a.spec.key) for a in found).values(), default=1) == 1, f"{name} has an arm twice"
         for a in found:
             s = a.spec
@@ -283,7 +283,7 @@ def test_runs_that_papers_share_are_computed_once(laboratory):
         assert finals_of("82", "1x", profile) == finals_of("88", "budget", profile)
 
 
-@pytest.mark.parametrize(("profile", "runs", "steps"), [("quick", 210, 6_300), ("full", 1_300, 125_000)])
+@pytest.mark.parametrize(("profile", "runs", "steps"), [("quick", 210, 6_300), ("full", 1_400, 125_000)])
 def test_the_profiles_stay_small(laboratory, profile, runs, steps):
     """Runs on photonic if no grid has to grow; a step takes about 0.2 s on one core."""
     specs = {}
@@ -351,6 +351,8 @@ def test_arena_compares_equals(laboratory):
             assert trained[s.method] == both == 32_768
         elif a.name == "as many as LoRA r8":
             assert trained[s.method] == pytest.approx(8 * both, rel=0.02)
+        elif a.name == "as many as VeRA":
+            assert (s.method, s.k) == ("gains", 256)
     models = {(a.spec.model, a.spec.text) for a in arms(laboratory, "arena", "full")}
     assert models == {("photonic", "sql"), ("stories15m", "shakespeare"), ("smollm2-135m", "sql")}
     for model, text in models:

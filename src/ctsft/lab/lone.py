@@ -20,7 +20,7 @@ Make = Callable[[Tensor], tuple[Tensor, Tensor]]  # numbers (n,) -> left (d_out,
 Changes = dict[str, Make]  # by the name of the matrix
 WIDE = 32  # rank of the core that `tinylora` moves through few numbers
 RANK = 4  # of the LoRA whose entries `unilora` shares
-START = 0.1  # amplitudes of `grouped` at the start, as VeRA's
+START = 0.5  # amplitudes of `grouped` at the start: few directions have short rows, so gains of them are larger
 INTO_STREAM = ("o_proj", "down_proj", "c_proj", "attn.proj", "mlp.down")  # what writes into the residual stream
 
 
