@@ -200,7 +200,8 @@ def test_what_does_not_fit_is_refused(change, message, path):
     [
         ({"basis": "learned"}, "basis='learned' needs basis_file"),
         ({"start": "mean"}, "start='mean' sets the amplitudes .* needs basis='learned'"),
-        ({"start": "mean", "basis": "learned", "basis_file": "x", "form": "scores"}, "not 'scores'"),
+        ({"start": "mean", "basis": "learned", "basis_file": "x", "form": "scores"}, "form='diagonal' or 'core'"),
+        ({"start": "mean", "basis": "learned", "basis_file": "x", "form": "gains"}, "form='diagonal' or 'core'"),
         ({"start": "median"}, "start='median' is unknown; choose one of zero, mean"),
     ],
 )
