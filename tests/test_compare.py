@@ -81,6 +81,16 @@ def test_relative_needs_one_reference_and_a_drop():
     assert relative(found[0], found, "fraction_of_lora_r8") == [None]
 
 
+def test_what_is_untrained_stands_beside_any_training():
+    """Not so what was trained for other steps; and LoRA that began at the siblings' mean is no reference."""
+    lora, siblings = {"method": "lora", "k": 8}, {"siblings": ["sql"], "start": "mean"}
+    lab = laboratory({"k": 4, "steps": [0, 20]}, lora, lora | siblings, seeds=1)
+    made = run(lab, lambda spec: record(spec, None, [[0, 9.0], [40, 8.5 if spec.method == "diagonal" else 7.0]]))
+    untrained, shorter, *_ = found = arm_runs(lab, "x", made)
+    assert relative(untrained, found, "fraction_of_lora_r8") == [0.25]
+    assert relative(shorter, found, "fraction_of_lora_r8") == [None]
+
+
 CROSSING = {  # by K: the loss after every update
     2: [9.0, 8.9, 8.0, 7.9, 7.0, 6.9, 6.0, 5.9, 5.0],  # at budgets of 4, 8, 12 and 16 K-steps 8, 7, 6 and 5
     4: [9.0, 8.5, 6.5, 5.5, 4.5],  # 8.5, 6.5, 5.5 and 4.5: below K=2 from 8 on

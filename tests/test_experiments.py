@@ -13,6 +13,7 @@ from ctsft.lab.spec import PAPER_LR, Spec
 from test_schedule import PHOTONIC
 
 SETTINGS = [(profile, protocol) for profile in ("quick", "full") for protocol in ("honest", "paper")]
+OURS = ("arena", "lone", "siblings", "strangers")
 NO_K = ("full", "norms", "ia3")
 WIDTH = {"photonic": 256, "stories260k": 64, "stories15m": 288, "smollm2-135m": 576, "tinyllama-1.1b": 2048}
 NARROWEST = WIDTH | {"stories260k": 32, "smollm2-135m": 192, "tinyllama-1.1b": 256}  # of a matrix: keys and values
@@ -206,7 +207,7 @@ def test_missing_files(tmp_path):
 
 
 def test_what_is_not_there(laboratory):
-    with pytest.raises(CTError, match=r"there is no experiment '90'; there are 76, 78, 81, .*, lone\.$"):
+    with pytest.raises(CTError, match=r"there is no experiment '90'; there are 76, 78, 81, .*, strangers\.$"):
         list(arms(laboratory, "90"))
     with pytest.raises(CTError, match=r"there is no profile 'ful'; there are quick, full\.$"):
         list(arms(laboratory, "81", "ful"))
@@ -218,9 +219,9 @@ def test_what_is_not_there(laboratory):
 
 
 def test_every_paper_has_its_experiment(laboratory):
-    assert set(laboratory.experiments) == {*map(str, (76, 78, *range(81, 90))), "88-rate", "arena", "lone"}
+    assert set(laboratory.experiments) == {*map(str, (76, 78, *range(81, 90))), "88-rate", *OURS}
     for name, found in laboratory.experiments.items():
-        assert found.source == ("ours" if name in ("arena", "lone") else name.partition("-")[0])
+        assert found.source == ("ours" if name in OURS else name.partition("-")[0])
         assert found.question.endswith("?") and found.notes and found.tables and found.figures
         assert all(note.endswith(".") for note in found.notes)
 
@@ -229,7 +230,7 @@ def test_every_paper_has_its_experiment(laboratory):
 def test_arms_are_possible_and_differ(laboratory, profile, protocol):
     for name in laboratory.experiments:
         found = list(arms(laboratory, name, profile, protocol))
-        assert found or (name, protocol) in (("arena", "paper"), ("lone", "paper"))
+        assert found or (name in OURS and protocol == "paper")
         assert max(Counter((a.name, a.spec.key) for a in found).values(), default=1) == 1, f"{name} has an arm twice"
         for a in found:
             s = a.spec

@@ -25,7 +25,8 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "pages": ["words", "plot", "render"],
     "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "folder", "run"],
     "lab": [
-        *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "prefix", "run"),
+        *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
+        *("prefix", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
         *("drawing", "figures", "page"),
     ],

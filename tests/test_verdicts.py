@@ -303,6 +303,28 @@ def test_a_selection_that_fits_several_arms():
         verdict(claim("less", a={"k": 4}, b={"k": 2}), FALLING, {"k": [2, 4], "steps": [10, 20]})
 
 
+def test_values_listed_in_where_go_together():
+    """With tied 2 below 4, without it is the other way round: only with its own is each held against the other."""
+    one = claim("less", where={"tied": [True, False]}, a={"k": 4}, b={"k": 2})
+    both = {"k": [2, 4], "tied": [True, False]}
+    level = losing(lambda s: 8.0 * s.tied + 0.1 * s.k if s.tied else 7.0 - 0.1 * s.k)
+    found = verdict(one, None, both, make=level)
+    assert found.verdict == "refuted" and found.side.label == "tied True, k 2 minus tied True, k 4"
+    falls = losing(lambda s: 8.0 * s.tied - 0.1 * s.k)
+    assert verdict(one, None, both, make=falls).verdict == "confirmed"
+    assert (
+        verdict(
+            claim("less", where={}, a={"k": 4, "tied": [True, False]}, b={"k": 2, "tied": [True, False]}),
+            None,
+            both,
+            make=falls,
+        ).verdict
+        == "refuted"
+    )
+    number = claim("near", where={"tied": [True, False]}, a={"k": 4}, b={"k": 2}, number=-0.2)
+    assert verdict(number, None, both, make=falls).verdict == "confirmed"
+
+
 def test_steps_of_a_budget():
     one = claim("less", where={"steps": "160/k"}, a={"k": 4}, b={"k": 2})
     found = verdict(one, FALLING, {"k": 2, "steps": [40, 80]}, {"k": 4, "steps": [40, 80]})

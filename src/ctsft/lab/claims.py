@@ -53,7 +53,9 @@ class Claim(Strict):
         "less", "near", "above", "below", "ordered", "best", "correlation", "slope", "crossover", "exact"
     ]
     metric: str
-    where: Selection = Field(default={}, description="part of every selection")
+    where: Selection = Field(
+        default={}, description="part of every selection; where it lists values, a is held against b at each of them"
+    )
     a: Selection = {}
     b: Selections = ()
     against_metric: str = Field(default="", description="the metric of b, where it is another; of a if there is no b")

@@ -114,7 +114,8 @@ def relative(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float |
     if metric not in REFERENCES:
         raise CTError(f"{metric!r} is no relative metric; there are {', '.join(REFERENCES)}.")
     first, last, where = REFERENCES[metric]
-    found = [r for r in chosen(arms, where) if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in SETTING)]
+    same_in = [f for f in SETTING if f != "steps" or arm.spec.steps]  # what is untrained stands beside any training
+    found = [r for r in chosen(arms, where) if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in same_in)]
     same = [r for r in found if r.spec.targets == arm.spec.targets]
     found = same if len(same) == 1 else list({r.spec.key: r for r in found}.values())
     if not found:

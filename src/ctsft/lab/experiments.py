@@ -18,6 +18,7 @@ from ctsft.lab.rates import GRID, rate
 from ctsft.lab.schedule import parse_schedule
 from ctsft.lab.spec import PAPER_LR, Arm, Method, Protocol, Spec, Strict
 
+WHOLE = ("probes", "evaluate", "siblings")  # fields of a spec that hold several values
 PAPERS = Path(__file__).with_name("papers")  # the experiments and claims that come with the package
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -211,7 +212,7 @@ def _specs(laboratory: Laboratory, name: str, profile: str, protocol: str) -> It
         if profile not in (arm.profiles or (profile,)) or protocol not in arm.protocols:
             continue
         grid = laboratory.base | experiment.base | (arm.model_extra or {})
-        lists = {k: v for k, v in grid.items() if isinstance(v, list) and k not in ("probes", "evaluate")}
+        lists = {k: v for k, v in grid.items() if isinstance(v, list) and k not in WHOLE}
         if empty := [k for k, v in lists.items() if not v]:
             raise CTError(f"experiment {name}, arm {arm.name!r}: {empty[0]} is an empty list, so the arm has no runs.")
         for values in itertools.product(*lists.values()):

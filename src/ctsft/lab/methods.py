@@ -177,10 +177,11 @@ def shapes_of(modules: Mapping[str, nn.Module]) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------------- equip
 
 
-def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
+def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None = None) -> Equipped:
     """Make ready in `model`, a freshly loaded transformers causal language model, what `spec` trains.
 
-    batches: model inputs, input_ids (b, t), for bases and allocations that are made from data. With `last2+head` a tied
+    batches: model inputs, input_ids (b, t), for bases and allocations that are made from data. learned: the folder of
+    directions that were learned from siblings, for that basis. With `last2+head` a tied
     head first gets its own copy of the embedding's weight, so that the embedding stays as it is. A tied head shares the
     adapter of its embedding, for LoRA as for ours. Randomness comes from `spec.seed`. Raises CTError for what the
     method cannot do.
@@ -207,7 +208,7 @@ def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
         attach(model, modules, spec.method, spec.k, spec.basis, spec.seed)
         return Equipped(model, spec, names, shapes, base, buffers)
     if spec.method in FORMS:
-        config: Any = spectral_config(model, spec, modules, batches)
+        config: Any = spectral_config(model, spec, modules, batches, learned)
     elif spec.method == "lora-xs":
         config = CTConfig(k=spec.k, form="core", target_modules=names, task_type="CAUSAL_LM")
     else:
@@ -228,7 +229,9 @@ def equip(model: nn.Module, spec: Spec, batches: Batches) -> Equipped:
     return Equipped(wrapped, spec, names, shapes, base, buffers)
 
 
-def spectral_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module], batches: Batches) -> CTConfig:
+def spectral_config(
+    model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module], batches: Batches, learned: Path | None
+) -> CTConfig:
     """The adapter that `spec` describes, calibrated where its directions come from data."""
     k: int | dict[str, int] = spec.k
     if spec.allocation == "effective_rank":
@@ -239,6 +242,8 @@ def spectral_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Modul
         k=k,
         form=spec.method,  # type: ignore[arg-type]
         basis=spec.basis,
+        basis_file=str(learned) if learned else None,
+        start=spec.start,
         weight_from=spec.weight_from,
         universal_mode=spec.universal_mode,
         target_modules=list(modules),

@@ -251,7 +251,7 @@ METRICS: dict[str, Metric] = {
         targets="last2",
     ),
     "fraction_of_lora_r8": relative_to(
-        "first_heldout", "heldout_loss", "held-out loss drop / LoRA r8's", method="lora", k=8
+        "first_heldout", "heldout_loss", "held-out loss drop / LoRA r8's", method="lora", k=8, start="zero"
     ),
     "gradient_norm": series("norm of the gradient"),
     "cosine": series("cosine of consecutive gradients"),
@@ -279,6 +279,7 @@ METRICS: dict[str, Metric] = {
     "gradient_snr": series("mean\N{SUPERSCRIPT TWO} / variance of the gradient over samples"),
     "diversity": series("effective number of gradient directions so far"),
     "ablation": measure("loss on the fixed batch, nats per token"),
+    "learned": measure("what learning the directions cost: tokens, seconds, bytes"),
     "variance_explained": measure("share of |W|\N{SUPERSCRIPT TWO} in the span of the basis"),
 }
 SERIES = [name for name, metric in METRICS.items() if metric.kind == "series"]

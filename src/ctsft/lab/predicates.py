@@ -154,26 +154,41 @@ def divide(x: float, y: float) -> float | None:
     return x / y if y else None
 
 
+def couples(claim: Claim, evidence: Evidence) -> list[tuple[Reading, Reading]]:
+    """Every arm of a with every arm of b; where `where` lists values of a field, with those of the same value."""
+    lists = {name: found for name, found in claim.where.items() if isinstance(found, list)}
+    out = []
+    for values in itertools.product(*lists.values()):
+        same = dict(zip(lists, values, strict=True))
+        first = evidence.readings(same | claim.a, claim.metric)
+        metric = claim.against_metric or claim.metric
+        others = [reading for part in claim.b for reading in evidence.readings(same | part, metric)]
+        out += list(itertools.product(first, others))
+    return out
+
+
 def less(claim: Claim, evidence: Evidence) -> list[Side]:
-    first = evidence.readings(claim.a, claim.metric)
-    others = [reading for part in claim.b for reading in evidence.readings(part, claim.against_metric or claim.metric)]
-    return [Side(f"{y.label} minus {x.label}", paired([y, x], subtract), claim.effect) for x in first for y in others]
+    return [
+        Side(f"{y.label} minus {x.label}", paired([y, x], subtract), claim.effect) for x, y in couples(claim, evidence)
+    ]
 
 
 def quantity(claim: Claim, evidence: Evidence) -> list[Side]:
     """near, above and below: the metric of every arm of a, or its difference to (its ratio over) every arm of b."""
     assert claim.number is not None
     combine, word = (divide, "over") if claim.of == "ratio" else (subtract, "minus")
-    first, metric = evidence.readings(claim.a, claim.metric), claim.against_metric or claim.metric
     numbers: list[tuple[str, list[float]]] = []
     if claim.b:
-        others = [reading for part in claim.b for reading in evidence.readings(part, metric)]
-        numbers = [(f"{x.label} {word} {y.label}", paired([x, y], combine)) for x in first for y in others]
+        pairs = couples(claim, evidence)
+        numbers = [(f"{x.label} {word} {y.label}", paired([x, y], combine)) for x, y in pairs]
     elif claim.against_metric:
-        pairs = zip(first, evidence.readings(claim.a, metric), strict=True)
-        numbers = [(f"{claim.metric} {word} {metric}{x.of}", paired([x, y], combine)) for x, y in pairs]
+        both = (evidence.readings(claim.a, metric) for metric in (claim.metric, claim.against_metric))
+        numbers = [
+            (f"{claim.metric} {word} {claim.against_metric}{x.of}", paired([x, y], combine))
+            for x, y in zip(*both, strict=True)
+        ]
     else:
-        numbers = [(claim.metric + x.of, paired([x], float)) for x in first]
+        numbers = [(claim.metric + x.of, paired([x], float)) for x in evidence.readings(claim.a, claim.metric)]
     out = []
     for label, found in numbers:
         if claim.predicate in ("near", "above"):

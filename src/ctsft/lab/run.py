@@ -6,7 +6,6 @@ Trainer's, because K changes in mid-run, one batch may serve every step, and the
 
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,13 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.resize import resize
+from ctsft.choices import FORMS
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions
 from ctsft.lab.methods import Equipped, equip
 from ctsft.lab.prefix import Replay, prefix, replay_prefix
 from ctsft.lab.records import Record, finite
 from ctsft.lab.schedule import k_at
+from ctsft.lab.siblings import directions, merge_mean
 from ctsft.lab.sources import (
+    autocast,
     batches,
     blocks,
     fresh_model,
@@ -65,7 +67,13 @@ class Run:
         self.feed = batches(spec)
         self.heldout_ids = heldout_windows(spec)
         calibration = [inputs(windows(train, spec, "calibration", i)) for i in range(CALIBRATION_BATCHES)]
-        self.equipped: Equipped = equip(fresh_model(spec), spec, calibration)
+        model, learned = fresh_model(spec), None
+        self.cost: dict[str, float] = {}  # of directions that were learned
+        if spec.learns:
+            learned, self.cost = directions(spec)
+            if spec.method not in FORMS:
+                merge_mean(model, learned)
+        self.equipped: Equipped = equip(model, spec, calibration, learned)
         self.model: Any = self.equipped.model
         self.first = next(self.feed)
         self.adapter_bytes = self.equipped.adapter_bytes()
@@ -82,14 +90,11 @@ class Run:
         self.heldout: list[tuple[int, float]] = []
         self.k, self.diverged, self.flops, self.seconds = spec.k, False, 0.0, 0.0
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if self.spec.dtype == "bfloat16" else nullcontext()
-
     def loss(self, ids: Tensor, *name: object) -> Tensor:
         """The model's loss on `ids`, which a run with a replayed prefix must be able to call by name."""
         if self.replay:
             self.replay.now = prefix(tokens_of(self.spec, *name), 2, *(name or ("batch",)))
-        with self.autocast():
+        with autocast(self.spec):
             value: Tensor = self.model(**inputs(ids), use_cache=False).loss
         return value
 
@@ -102,7 +107,7 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss; that of the untouched model, which most arms start as, once for all of them."""
-        if step == 0 and self.spec.universal_mode != "replace":
+        if step == 0 and self.spec.universal_mode != "replace" and self.spec.start == "zero":
             alike = replaced(tokens_of(self.spec), dtype=self.spec.dtype, tied=self.spec.tied).key
             if alike not in FIRST_HELDOUT:
                 FIRST_HELDOUT[alike] = self.heldout_loss()
@@ -130,7 +135,7 @@ class Run:
         """Train, measure before and after, and tell all of it."""
         if not self.tuning:
             self.evaluate(0)
-        measures = measured_at_start(self.equipped)
+        measures = measured_at_start(self.equipped) | ({"learned": self.cost} if self.cost else {})
         if self.spec.steps == 0:
             self.train_loss.append(self.fixed_loss())
             self.probes.measure(self.model, 0)

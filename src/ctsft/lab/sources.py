@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def absent(spec: Spec) -> str:
     """Why this machine cannot run `spec` for want of a model or text; empty if it can."""
     try:
         model_source(spec.model)
-        text_source(spec.text)
+        for text in (spec.text, *spec.siblings):
+            text_source(text)
     except CTError as error:
         return str(error)
     return ""
@@ -187,6 +189,11 @@ def tokens_of(spec: Spec, *name: object) -> Spec:
     """`spec` without all that does not decide the tokens of the batch `name`: runs that share tokens share this."""
     seed = 0 if name else spec.seed
     return Spec(model=spec.model, text=spec.text, batch=spec.batch, length=spec.length, seed=seed)
+
+
+def autocast(spec: Spec) -> AbstractContextManager[Any]:
+    """bfloat16 products over float32 weights where the spec says so."""
+    return torch.autocast("cpu", torch.bfloat16) if spec.dtype == "bfloat16" else nullcontext()
 
 
 def inputs(ids: Tensor) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ctsft.choices import BasisKind, Probe, UniversalMode, WeightFrom
+from ctsft.choices import BasisKind, Probe, Start, UniversalMode, WeightFrom
 from ctsft.lab.schedule import parse_schedule
 
 TUNE_SEEDS = range(1000, 1100)  # never among the seeds that a claim is judged on
@@ -21,6 +21,7 @@ Published = Literal["full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms"
 Lone = Literal["tinylora", "unilora", "grouped", "moved", "with-norms"]  # see lone.py
 Method = Literal[Forms, Published, Lone]
 Protocol = Literal["honest", "paper"]
+Learning = Literal["joint", "nested", "pairs", "mean", "hosvd"]
 
 
 class Strict(BaseModel):
@@ -38,6 +39,15 @@ class Spec(Strict):
     basis: BasisKind = "weight"
     weight_from: WeightFrom = "top"
     universal_mode: UniversalMode = "residual"
+    siblings: tuple[str, ...] = Field(default=(), description="texts that directions are learned from, see siblings.py")
+    learning: Learning = Field(default="joint", description="how, see LEARNINGS in siblings.py")
+    learned_k: Annotated[int, Field(ge=0)] = Field(default=0, description="directions that are learned, 0: k")
+    learned_steps: Annotated[int, Field(ge=0)] = Field(default=160, description="each on a window of every sibling")
+    start: Start = Field(
+        default="zero", description="mean: of the siblings; methods without directions merge it into W"
+    )
+    strength: float = Field(default=1.0, description="a factor on the siblings' mean")
+    shuffled: bool = Field(default=False, description="left and right sides of the learned directions permuted")
     allocation: Literal["uniform", "effective_rank"] = Field(default="uniform", description="K per matrix (paper 84)")
     targets: Literal["paper", "blocks", "last2", "last2+head"] = Field(
         default="paper", description="paper: all block matrices and the token embedding, the tied head with it"
@@ -79,6 +89,11 @@ class Spec(Strict):
             told["text"] = Path(self.text).name
         text = json.dumps(told, sort_keys=True)
         return f"{self.short}-{self.method}-k{self.k}-{xxhash.xxh3_64_hexdigest(text.encode())}"
+
+    @property
+    def learns(self) -> bool:
+        """Whether it trains along directions that are learned, or begins at what siblings have learned."""
+        return self.basis == "learned" or self.start == "mean"
 
     @property
     def short(self) -> str:

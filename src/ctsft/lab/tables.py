@@ -14,6 +14,9 @@ from ctsft.lab.spec import Spec
 UNREAD: dict[str, Callable[[Spec], bool]] = {  # fields that some methods do not read, and which
     "basis": lambda spec: spec.method not in (*FORMS, "lora-xs"),
     "weight_from": lambda spec: spec.method not in FORMS or spec.basis != "weight",
+    "siblings": lambda spec: not spec.learns,
+    "learning": lambda spec: not spec.learns,
+    "start": lambda spec: not spec.learns,
     "universal_mode": lambda spec: spec.method not in FORMS or spec.basis != "universal",
 }
 
