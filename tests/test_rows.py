@@ -4,7 +4,7 @@ import pytest
 
 from ctsft.data import rows as rows_module
 from ctsft.data.rows import load_corpus
-from ctsft.data.sql.examples import generate
+from ctsft.data.sql.examples import generate, generate_one
 from ctsft.errors import CTError
 
 PAIRS = [{"prompt": f"question {i}?", "completion": f"answer {i}"} for i in range(20)]
@@ -251,6 +251,28 @@ def test_sql():
     ]
     assert corpus.train[0]["prompt"] == generate(1, 0, "train")[0].prompt
     assert load_corpus("sql", limit=2, heldout=7, seed=1).heldout[:] != corpus.heldout[:]
+
+
+def test_one_database_of_sql():
+    corpus = load_corpus("sql:zoo", limit=30, heldout=7)
+    assert (corpus.name, corpus.kind, len(corpus.train), len(corpus.heldout)) == (
+        "sql:zoo",
+        "prompt_completion",
+        30,
+        7,
+    )
+    assert {e.schema for e in corpus.examples} == {"zoo"}
+    assert len({p.split("Question")[0] for part in (corpus.train, corpus.heldout) for p in part["prompt"]}) == 1
+    assert not set(corpus.train["completion"]) & set(corpus.heldout["completion"])
+    other = load_corpus("sql:zoo", limit=30, heldout=7, seed=1)
+    assert other.examples[0].ddl == corpus.examples[0].ddl and other.heldout[:] != corpus.heldout[:]
+    assert len(load_corpus("sql:zoo").heldout) == 100
+    with pytest.raises(CTError, match="sql has no database 'zo': did you mean 'zoo'"):
+        load_corpus("sql:zo")
+    with pytest.raises(CTError, match="sql has no database '': there are airline, bakery"):
+        load_corpus("sql:")
+    with pytest.raises(CTError, match="1 to 2000 examples of one database"):
+        generate_one(2001, 0, "zoo")
 
 
 def test_sql_by_default(monkeypatch):

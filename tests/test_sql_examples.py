@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ctsft.data.sql.examples import MAX_EXAMPLES, generate
+from ctsft.data.sql.examples import DATABASES, MAX_EXAMPLES, MAX_ONE, generate, generate_one
 from ctsft.data.sql.execution import execution_accuracy
 from ctsft.data.sql.questions import KINDS
 from ctsft.data.sql.words import DOMAINS
@@ -44,6 +44,20 @@ def test_every_seed_gives_distinct_examples_that_answer_themselves(seed, split, 
     assert examples == generate(n + 1, seed, split)[:n]
     assert len({e.prompt for e in examples}) == n
     assert execution_accuracy([e.completion for e in examples], examples) == 1.0
+
+
+@pytest.mark.parametrize("name", ["law", "clinic", "zoo"])  # two with few questions, and one more
+def test_one_database_has_many_questions_that_answer_themselves(name):
+    examples = generate_one(MAX_ONE, 0, name)
+    assert len({e.prompt for e in examples}) == MAX_ONE and len({(e.ddl, e.schema) for e in examples}) == 1
+    assert generate_one(5, 0, name) == examples[:5] != generate_one(5, 1, name)
+    some = examples[::100]
+    assert execution_accuracy([e.completion for e in some], some) == 1.0
+
+
+def test_every_domain_has_a_database():
+    assert set(DATABASES) == {e.schema for e in ALL}
+    assert [generate_one(1, 0, name)[0].schema for name in DATABASES] == list(DATABASES)
 
 
 def test_seeds_and_splits_differ():

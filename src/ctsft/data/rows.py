@@ -12,7 +12,7 @@ from typing import Any, Literal
 import datasets
 
 from ctsft.data.read import OPENERS, READABLE, Located, read_file, read_hub
-from ctsft.data.sql.examples import generate
+from ctsft.data.sql.examples import MAX_ONE, generate, generate_one
 from ctsft.data.sql.execution import Example
 from ctsft.errors import CTError, shown
 from ctsft.files import HUB_ID
@@ -55,11 +55,12 @@ def load_corpus(
 ) -> Corpus:
     """Load the rows that `spec` names and split them by `seed`.
 
-    `spec` is the built-in `sql`; a file in JSON (a list of objects, or one object a line), CSV, Parquet or plain text
-    (split at blank lines into blocks of about 1,500 characters), the first two and text also as .gz, .bz2 or .xz; or
-    a hub dataset `org/name` or `org/name:config` (its `train` split, or the only one).
+    `spec` is the built-in `sql`, or one database of it, `sql:NAME`; a file in JSON (a list of objects, or one object a
+    line), CSV, Parquet or plain text (split at blank lines into blocks of about 1,500 characters), the first two and
+    text also as .gz, .bz2 or .xz; or a hub dataset `org/name` or `org/name:config` (its `train` split, or the one).
     `heldout` is a fraction of the rows or their number; `sql` has as many as one likes, there it is a fraction of
-    2,000. `limit` is the largest number of rows to train on (`sql`: the number, 4,000 if None).
+    2,000 (of one database 1,000). `limit` is the largest number of rows to train on (`sql`: the number, 4,000 if None).
+    The databases held out from `sql` are never trained on; of one database, no SQL of a held-out row is.
     `prompt_column` and `completion_column` name the two fields to take where none of `LAYOUTS` fits (one alone: the
     other is as it is called): both texts, of which the prompt gets a line break at its end, or both lists of messages.
 
@@ -68,12 +69,11 @@ def load_corpus(
     """
     if limit is not None and limit < 1:
         raise CTError(f"limit={limit} leaves nothing to train on: give at least 1.")
-    if spec == "sql":
+    if spec.partition(":")[0] == "sql":
         if prompt_column or completion_column:
             raise CTError("sql has columns of its own: leave the prompt column and the completion column out.")
-        examples = generate(_heldout_count(heldout, SQL_HELDOUT), seed, "heldout")
-        train = generate(limit or SQL_TRAIN, seed, "train")
-        return _corpus("sql", "prompt_completion", _pairs(train), _pairs(examples), limit, examples=tuple(examples))
+        train, examples = _questions(spec, seed, heldout, limit)
+        return _corpus(spec, "prompt_completion", _pairs(train), _pairs(examples), limit, examples=tuple(examples))
 
     path = _path(spec)
     if path.is_file():
@@ -92,6 +92,18 @@ def load_corpus(
         raise CTError(f"{name} has {len(rows)} rows, of which {count} are to be held out: none is left to train on.")
     held = [rows[i] for i in order[:count]]
     return _corpus(name, kind, [rows[i] for i in order[count:]], held, limit, notes)
+
+
+def _questions(spec: str, seed: int, heldout: float | int, limit: int | None) -> tuple[list[Example], list[Example]]:
+    """What to train on and what is held out, of all databases (`sql`) or of one (`sql:NAME`)."""
+    _, colon, name = spec.partition(":")
+    if not colon:
+        held = generate(_heldout_count(heldout, SQL_HELDOUT), seed, "heldout")
+        return generate(limit or SQL_TRAIN, seed, "train"), held
+    examples = generate_one(MAX_ONE, seed, name)
+    held = examples[: _heldout_count(heldout, MAX_ONE // 2)]
+    answers = {e.completion for e in held}  # another question with the same answer would be half of it
+    return [e for e in examples[len(held) :] if e.completion not in answers], held
 
 
 def _path(spec: str) -> Path:

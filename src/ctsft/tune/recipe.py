@@ -57,7 +57,7 @@ class Recipe(AdapterOptions):
     data: str = option(
         "Model and data",
         "sql",
-        "sql (built in), a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset id.",
+        "sql (built in; sql:NAME: one database), a .jsonl, .json, .csv, .parquet or .txt file, or a hub dataset id.",
     )
     prompt_column: str | None = option("Model and data", None, "Name of the column with prompts, where it is another.")
     completion_column: str | None = option("Model and data", None, "Name of the column with completions, likewise.")

@@ -5,17 +5,23 @@ on a tie, and changes when a clause is dropped or turned around.
 """
 
 import contextlib
+import difflib
 import math
 import re
+from collections.abc import Sequence
 
 from ctsft.data.sql.execution import Example, same_answer
 from ctsft.data.sql.query import answer_of, database_of
 from ctsft.data.sql.questions import KINDS
-from ctsft.data.sql.schemas import Dice, NoFit, ddl_of, make_table
+from ctsft.data.sql.schemas import Dice, NoFit, Table, ddl_of, make_table
 from ctsft.data.sql.words import DOMAINS, Split
 from ctsft.errors import CTError
 
 MAX_EXAMPLES = 50_000
+MAX_ONE = 2_000  # examples of one database: every one has so many
+
+DATABASES = {d.partition("\n")[0]: d for split in DOMAINS.values() for d in split.strip().split("\n\n")}
+WHEEL = [kind for kind, (share, _) in KINDS.items() for _ in range(share)]
 
 _FLIPS = [(" WHERE .*?(?= GROUP| ORDER|;)", ""), (" HAVING .*;", ";"), (r" LIMIT \d+", ""), ("DISTINCT ", "")]
 _FLIPS += [("AVG", "SUM"), ("SUM", "AVG"), ("MIN", "MAX"), ("MAX", "MIN"), ("DESC", "ASC"), ("ASC", "DESC")]
@@ -39,23 +45,28 @@ def _telling(sql: str, ddl: str) -> bool:
         return all(same_answer(answer_of(database, tie, math.inf), answer, True) for tie in ties if tie != sql)
 
 
-def _example(dice: Dice, domain: str, kind: str) -> Example | None:
-    name, *lines = domain.splitlines()
+def _tables(dice: Dice, domain: str) -> list[Table]:
+    """Parent and child of a domain, drawn with their columns and rows."""
+    _, *lines = domain.splitlines()
     parent = make_table(dice, lines[0], None)
-    child = make_table(dice, lines[1], parent)
+    return [parent, make_table(dice, lines[1], parent)]
+
+
+def _example(dice: Dice, name: str, tables: Sequence[Table], kind: str) -> Example | None:
+    """A question about these tables, or None where the kind does not fit them or the answer tells too little."""
     try:
-        question, sql = KINDS[kind][1](dice, parent, child)
+        question, sql = KINDS[kind][1](dice, *tables)
     except NoFit:
         return None
-    ddl = ddl_of([parent, child])
+    ddl = ddl_of(tables)
     if not _telling(sql, ddl):
         return None
     if question.startswith("What"):  # also where "What is" was drawn as one of several openings
         question = question[:-1] + "?"
     if dice.below(8) == 0:
         question = question[0].lower() + question[1:-1]
-    tables = ", ".join(f"{t.name}({', '.join(t.header)})" for t in (parent, child))
-    return Example(f"Write one SQLite query.\nTables: {tables}\nQuestion: {question}\nSQL:", sql, name, ddl, kind)
+    header = ", ".join(f"{t.name}({', '.join(t.header)})" for t in tables)
+    return Example(f"Write one SQLite query.\nTables: {header}\nQuestion: {question}\nSQL:", sql, name, ddl, kind)
 
 
 def generate(n: int, seed: int, split: Split) -> list[Example]:
@@ -66,12 +77,32 @@ def generate(n: int, seed: int, split: Split) -> list[Example]:
     if not 1 <= n <= MAX_EXAMPLES:
         raise CTError(f"n is {n}; ask for 1 to {MAX_EXAMPLES} examples.")
     domains = DOMAINS[split].strip().split("\n\n")
-    wheel = [kind for kind, (share, _) in KINDS.items() for _ in range(share)]
     dice = Dice(f"sql {split} {seed}")
     examples: dict[str, Example] = {}
     while len(examples) < n:
-        kind = dice.pick(wheel)
-        while (example := _example(dice, dice.pick(domains), kind)) is None:
-            pass
+        kind = dice.pick(WHEEL)
+        example = None
+        while example is None:
+            domain = dice.pick(domains)
+            example = _example(dice, domain.partition("\n")[0], _tables(dice, domain), kind)
         examples.setdefault(example.prompt, example)
+    return list(examples.values())
+
+
+def generate_one(n: int, seed: int, name: str) -> list[Example]:
+    """n examples with n different prompts, all about one database: the one that stands for the domain `name`, the same
+    tables, columns and rows for every seed. As `generate` otherwise. Raises `CTError` where there is no such domain, or
+    where it has not so many questions."""
+    if name not in DATABASES:
+        close = difflib.get_close_matches(name, DATABASES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(sorted(DATABASES))}."
+        raise CTError(f"sql has no database {name!r}: {hint}")
+    if not 1 <= n <= MAX_ONE:
+        raise CTError(f"n is {n}; ask for 1 to {MAX_ONE} examples of one database.")
+    tables = _tables(Dice(f"sql database {name}"), DATABASES[name])
+    dice = Dice(f"sql database {name} {seed}")
+    examples: dict[str, Example] = {}
+    while len(examples) < n:
+        if example := _example(dice, name, tables, dice.pick(WHEEL)):
+            examples.setdefault(example.prompt, example)
     return list(examples.values())
