@@ -8,8 +8,10 @@ import torch
 from torch.func import functional_call
 
 from ctsft import CTConfig, CTError, learn_basis
+from ctsft.adapter import learn as learning
 from ctsft.adapter.learn import FEWEST, Joint, joined, ladder, turns
 from ctsft.adapter.learned import Learned
+from ctsft.adapter.loss import shared
 from ctsft.spectral.weights import matrix
 from helpers import BLOCKS, EMBEDDING, HEAD, SHAPES, adapt, assert_close, assert_same_bits, ids, logits, owners, tiny
 
@@ -82,6 +84,32 @@ def test_loss_and_gradients_are_those_of_dense_weights(shape, tied, first):
     for name, part in found:
         assert_close(found[name, part], getattr(joint, part)[name].grad, 1e-4)
     assert HEAD[shape] in joint.owners or not tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_begin_alike_give_the_same_loss_and_gradients(tied, monkeypatch):
+    modules = [*BLOCKS["llama"], *([EMBEDDING["llama"]] if tied else [])]
+    joint = Joint(tiny(), CTConfig(k=6, basis="random", target_modules=modules), 3, seed=0)
+    for a in joint.a.values():
+        a.data = 0.3 * torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    parts = []
+    for index in (2, 0):
+        batch = {"input_ids": torch.cat([ids(1, 6, seed=index).expand(4, 6), ids(4, 5, seed=9)], 1)}
+        batch["labels"] = torch.cat([torch.full((4, 8), -100), batch["input_ids"][:, 8:]], 1)
+        assert shared(joint.model, batch) == 6
+        parts.append((index, batch))
+    found = []
+    for way in (shared, lambda *_: 0):
+        monkeypatch.setattr(learning, "shared", way)
+        with joint.beside():
+            loss = joint.loss(parts, 4)
+            loss.backward()
+        numbers = [p for part in (joint.u, joint.vh, joint.a) for p in part.values()]
+        found.append([loss.detach(), *(p.grad for p in numbers)])
+        for p in numbers:
+            p.grad = None
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, 1e-5)
 
 
 def test_the_start_is_the_base_to_the_bit_and_the_model_is_left_as_it_was():

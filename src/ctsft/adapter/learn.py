@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ctsft.adapter.bases import check_k
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learned import FACTS, Facts, Learned, Sibling
-from ctsft.adapter.loss import logits_at
+from ctsft.adapter.loss import shared, summed_loss
 from ctsft.adapter.seal import hash_tensors
 from ctsft.adapter.store import base_fingerprint
 from ctsft.adapter.targets import find_targets
@@ -71,8 +71,10 @@ class Joint:
         k = min(self.first, len(self.vh[name]))
         u, vh, a = self.u[name][:, :k], self.vh[name][:k], self.a[name][self.rows, :k]
         embeds = isinstance(module, nn.Embedding)
-        z = F.embedding(x, u) if embeds else F.linear(x.to(vh.dtype), vh)
-        if z.shape[:-1] == self.tokens:
+        z = F.embedding(x, u) if embeds else F.linear(x, vh.to(x.dtype)).to(vh.dtype)
+        if len(a) == 1:  # of one sibling, whichever tokens they are
+            z = z * a[0]
+        elif z.shape[:-1] == self.tokens:
             z = z * a[:, None]
         elif z.ndim == 2 and len(z) == self.tokens.numel():  # the rows one behind the other
             z = z * a.repeat_interleave(self.tokens[1], 0)
@@ -81,7 +83,7 @@ class Joint:
                 f"{name} does not see its input row by row, so nobody knows to which sibling it belongs; leave it out "
                 "of target_modules."
             )
-        return z @ vh * getattr(module, "embed_scale", 1.0) if embeds else F.linear(z, u)
+        return z @ vh * getattr(module, "embed_scale", 1.0) if embeds else F.linear(z.to(x.dtype), u.to(x.dtype))
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -104,17 +106,23 @@ class Joint:
 
     def loss(self, parts: list[tuple[int, Batch]], first: int | None = None) -> Tensor:
         """Mean loss, nats per token, over batches, each with the index of its sibling; of each matrix' directions only
-        the `first` count (None: all)."""
-        batch, rows = joined(parts)
+        the `first` count (None: all).
+
+        Batches whose rows begin alike run one after the other, their beginnings once; else all rows run together.
+        """
         device = next(iter(self.a.values())).device
-        self.rows, self.tokens, self.first = rows.to(device), batch["input_ids"].shape, first or self.most
-        inputs = {n: t.to(device) for n, t in batch.items() if n != "labels"} | {"use_cache": False}
-        targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100).to(device)  # each where it is predicted
-        chosen = targets != -100
-        head = self.model.get_output_embeddings()
-        adapted = any(head is self.modules[name] for name in self.uses)  # then it needs its rows
-        logits = self.model(**inputs).logits[chosen] if adapted else logits_at(self.model, inputs, chosen)
-        return F.cross_entropy(logits.float(), targets[chosen])
+        self.first = first or self.most
+        parts = [(index, {n: t.to(device) for n, t in batch.items()}) for index, batch in parts]
+        if not all("labels" in batch and shared(self.model, batch) for _, batch in parts):
+            together, rows = joined(parts)
+            self.rows, self.tokens = rows.to(device), together["input_ids"].shape
+            return self.model(**together, use_cache=False).loss  # type: ignore[no-any-return]
+        sums = []
+        for index, batch in parts:
+            self.rows = torch.tensor([index], device=device)
+            sums.append(summed_loss(self.model, batch))
+        losses, counts = zip(*sums, strict=True)
+        return torch.stack(losses).sum() / torch.stack(counts).sum()
 
     def learned(self, sizes: list[int], facts: Facts) -> Learned:
         """The directions with their lengths in the amplitudes; those that all siblings use most come first, among those

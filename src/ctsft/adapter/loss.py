@@ -4,6 +4,7 @@ The output head sees only the positions whose next token counts. What all rows o
 of a chat template, an instruction, a schema) runs once for all of them, and its keys and values are shared.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 WORTH = 1 / 16  # of the tokens of a batch: as much must sharing save, for two passes cost more calls than one
 
-Batch = dict[str, Tensor]
+Batch = Mapping[str, Tensor]
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
