@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from ctsft.files import write_text
+from ctsft.tune import trainer as training
 from ctsft.tune.trainer import (
     COMPLETE,
     KeepBest,
+    arranged,
     inventory,
     last_checkpoint,
     read_best,
@@ -39,6 +41,33 @@ def test_damaged_checkpoints_do_not_count(damage, name, tmp_path):
 
 def test_no_checkpoints(tmp_path):
     assert last_checkpoint(tmp_path / "nowhere") is None
+
+
+# ---- the order of rows
+
+
+@pytest.mark.parametrize(("rows", "batch_size", "steps"), [(100, 4, 25), (100, 8, 40), (5, 8, 3), (8, 8, 1), (1, 2, 3)])
+def test_every_row_in_each_round(rows, batch_size, steps):
+    order = arranged([1] * rows, batch_size, steps, seed=0)
+    assert len(order) == steps * batch_size and order == arranged([1] * rows, batch_size, steps, seed=0)
+    counts = [order.count(i) for i in range(rows)]
+    assert max(counts) - min(counts) <= 1
+    assert rows < 5 or order != arranged([1] * rows, batch_size, steps, seed=1)
+
+
+def test_rows_of_a_batch_are_of_like_length_and_batches_are_not_sorted():
+    lengths = torch.randint(10, 100, (800,), generator=torch.Generator().manual_seed(0)).tolist()
+    order = arranged(lengths, 8, 100, seed=0)
+    assert sorted(order) == list(range(800))
+    longest = [max(lengths[i] for i in order[j : j + 8]) for j in range(0, 800, 8)]
+    padded, random_order = 8 * sum(longest), [max(lengths[j : j + 8]) for j in range(0, 800, 8)]
+    assert padded < 1.15 * sum(lengths) < 0.8 * 8 * sum(random_order)
+    assert abs(torch.corrcoef(torch.tensor([longest, range(100)], dtype=torch.float))[0, 1]) < 0.2
+
+
+def test_an_absurd_number_of_steps_is_no_absurd_list(monkeypatch):
+    monkeypatch.setattr(training, "ARRANGED", 50)
+    assert len(arranged([1] * 7, 8, 10**9, seed=0)) == 48
 
 
 # ---- the best state

@@ -3,12 +3,14 @@
 import hashlib
 import math
 import os
+import random
 import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -273,6 +275,30 @@ def extra_memory(model: Any, optimizer: torch.optim.Optimizer | None) -> int:
     return sum(storages.values()) + sum(t.numel() * t.element_size() for t in [*trained, *trained, *state])
 
 
+CHUNK = 8  # batches whose rows are sorted by length among themselves
+ARRANGED = 1_000_000  # rows whose order is written down at most; after them it begins anew
+
+
+def arranged(lengths: list[int], batch_size: int, steps: int, seed: int) -> list[int]:
+    """The rows of all steps one after the other: every row in each round, by chance, those of a batch of like length.
+
+    Rows come in a seeded order; those of every `CHUNK` batches are sorted by their `lengths`, cut into batches, and the
+    batches mixed. So little of a batch is padding, and short and long batches take turns.
+    """
+    draw = random.Random(seed)
+    count = min(steps * batch_size, max(ARRANGED // batch_size, 1) * batch_size)
+    order: list[int] = []
+    while len(order) < count:
+        order += draw.sample(range(len(lengths)), len(lengths))
+    size = batch_size * min(CHUNK, max(1, len(lengths) // batch_size))
+    found: list[int] = []
+    for i in range(0, count, size):
+        rows = sorted(order[i : min(i + size, count)], key=lengths.__getitem__)
+        batches = [rows[j : j + batch_size] for j in range(0, len(rows), batch_size)]
+        found += chain.from_iterable(draw.sample(batches, len(batches)))
+    return found
+
+
 def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
     return SFTConfig(
         output_dir=os.fspath(folder),
@@ -283,7 +309,7 @@ def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
         warmup_steps=recipe.steps // 20,
         weight_decay=0.0,
         seed=recipe.seed,
-        data_seed=recipe.seed,
+        train_sampling_strategy="sequential",  # see arranged
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",  # Watch saves
@@ -325,6 +351,7 @@ def fit(
         except NotFinite:
             return math.inf
 
+    order = arranged([len(row) for row in rows["input_ids"]], recipe.batch_size, recipe.steps, recipe.seed)
     checkpoint = last_state(folder, tell)
     with watched(text="training", total=recipe.steps, file=file) as shown:
         watch = Watch(shown)
@@ -333,7 +360,7 @@ def fit(
             model=model,
             keeper=best,
             args=sft_config(recipe, folder, lr),
-            train_dataset=rows.select_columns(["input_ids", "labels"]),
+            train_dataset=rows.select_columns(["input_ids", "labels"]).select(order),
             data_collator=lambda rows: collate(rows, pad),
             processing_class=tokenizer,
             callbacks=[watch, best],
