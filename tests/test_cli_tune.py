@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from command import assert_one_sentence, options
 from ctsft.cli import console
+from ctsft.cli import options as given_as
 from ctsft.cli import tune as cli
 from ctsft.errors import CTError
 from ctsft.files import read_json
@@ -73,27 +74,27 @@ def test_columns_of_other_names_are_named_and_the_message_says_how(ctsft, files,
     ("text", "k"), [("64", 64), ("q_proj=64,.*=16", {"q_proj": 64, ".*": 16}), (r"a=b=3", {"a=b": 3})]
 )
 def test_parse_k(text, k):
-    assert cli.parse_k(text) == k
+    assert given_as.parse_k(text) == k
 
 
 @pytest.mark.parametrize("text", ["", "many", "6.4", "q_proj=", "q_proj=a,.*=16", "q_proj=4,,"])
 def test_parse_k_refuses(text):
     with pytest.raises(CTError, match=r"--k .* is neither a number nor pattern=number"):
-        cli.parse_k(text)
+        given_as.parse_k(text)
 
 
 def test_parse_lr():
-    assert (cli.parse_lr("auto"), cli.parse_lr("1e-2")) == ("auto", 0.01)
+    assert (given_as.parse_lr("auto"), given_as.parse_lr("1e-2")) == ("auto", 0.01)
     with pytest.raises(CTError, match="neither a number nor auto"):
-        cli.parse_lr("fast")
+        given_as.parse_lr("fast")
 
 
 @pytest.mark.parametrize(("value", "threads"), [("3", 3), ("0", None), ("", None), ("4,2", None), ("-1", None)])
 def test_default_threads(monkeypatch, value, threads):
     monkeypatch.setenv("OMP_NUM_THREADS", value)
-    assert cli.default_threads() == (threads or len(os.sched_getaffinity(0)))
+    assert given_as.default_threads() == (threads or len(os.sched_getaffinity(0)))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    assert cli.default_threads() == len(os.sched_getaffinity(0))
+    assert given_as.default_threads() == len(os.sched_getaffinity(0))
 
 
 # ---- a run

@@ -46,6 +46,7 @@ NOT_RUN = {  # only looked at: do the target, the command and its options exist?
     "ctsft lab run": "minutes; tests/test_cli_lab.py runs a small laboratory from end to end",
     "ctsft lab verdicts": "tests/test_cli_lab.py holds VERDICTS.md to the records",
     "ctsft lab report": "tests/test_page.py writes the page",
+    "ctsft basis learn": "minutes; tests/test_cli_basis.py learns",
     "ctsft tune --resume": "tests/test_tune_run.py kills and resumes",
 }
 
@@ -73,6 +74,8 @@ def world(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
         assert not command(["tune", "--model", "my-model", "--data", "my.jsonl", "--out", "runs/mine", "--steps", "2"])
+        learn = ["basis", "learn", "--model", "my-model", "--data", "my.jsonl", "my.txt", "--steps", "2"]
+        assert not command([*learn, "--out", "directions"])
     return folder
 
 

@@ -12,7 +12,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "data": [
         *("sql.words", "sql.schemas", "sql.phrases", "sql.questions"),
         *("sql.query", "sql.worker", "sql.execution", "sql.examples"),
-        *("read", "rows", "template", "tokens"),
+        *("read", "rows", "siblings", "template", "tokens"),
     ],
     "models": ["photonic", "reading", "gguf", "load"],
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
@@ -23,19 +23,29 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "quantities": ["gradients", "look", "ablation"],
     "probe": [],
     "pages": ["words", "plot", "render"],
-    "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "folder", "run"],
+    "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "folder", "run", "lesson", "learn"],
     "lab": [
         *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
         *("prefix", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
         *("drawing", "figures", "page"),
     ],
-    "cli": ["console", "lab", "tune", "adapter", "inspect", "main"],
+    "cli": ["console", "options", "lab", "tune", "basis", "adapter", "inspect", "main"],
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
     *("errors", "choices", "files", "progress", "compat", "tune.recipe", "tune.record", "tune.report"),
-    *("cli.console", "cli.lab", "cli.tune", "cli.adapter", "cli.inspect", "cli.main"),
+    *(
+        "cli.console",
+        "cli.options",
+        "cli.basis",
+        "tune.lesson",
+        "cli.lab",
+        "cli.tune",
+        "cli.adapter",
+        "cli.inspect",
+        "cli.main",
+    ),
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
     *("data.sql.worker", "data.sql.execution", "data.sql.examples", "data.template"),
     *("pages.words", "pages.plot", "pages.render"),

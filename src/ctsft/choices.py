@@ -25,6 +25,7 @@ FORMS: tuple[str, ...] = get_args(Form)
 BASES: tuple[str, ...] = get_args(BasisKind)
 DTYPES: tuple[str, ...] = get_args(ModelDtype)
 PROBES: tuple[str, ...] = get_args(Probe)
+LEARNED = "basis.safetensors"  # the file of directions in the folder that they were learned in
 FILED = ("file", "learned")  # kinds of basis that are read from basis_file
 
 CHOSEN = {  # the options of an adapter that are one of a few words

@@ -49,14 +49,13 @@ class Joint:
 
     def __init__(self, model: nn.Module, config: CTConfig, siblings: int, seed: int) -> None:
         self.model = uncompiled(model)
-        self.targets, self.owners = find_targets(self.model, config)
+        self.targets, self.owners = targets_of(self.model, config)
         self.modules = {clean_name(n): m for n, m in self.model.named_modules()}
         self.uses = {name: name for name in self.targets} | self.owners
         self.base = base_fingerprint(self.model, config, self.targets)
         self.u, self.vh, self.a = {}, {}, {}
         for name, module in self.targets.items():
             w, k = matrix(module), config.k_for(name)
-            check_k(config, name, w, k)
             v, u = (
                 F.normalize(torch.randn(k, d, generator=generator(seed, "learn", name, side)), dim=1)
                 for side, d in (("vh", w.shape[1]), ("u", w.shape[0]))
@@ -137,6 +136,14 @@ class Joint:
             found.u[name] = F.normalize(u[:, order], dim=0).contiguous()
             found.vh[name], found.siblings[name] = F.normalize(vh[order], dim=1), a[:, order].contiguous()
         return found
+
+
+def targets_of(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """As `find_targets`; CTError where a target has fewer directions than asked for."""
+    targets, owners = find_targets(model, config)
+    for name, module in targets.items():
+        check_k(config, name, matrix(module), config.k_for(name))
+    return targets, owners
 
 
 def joined(parts: list[tuple[int, Batch]]) -> tuple[dict[str, Tensor], Tensor]:
@@ -273,7 +280,8 @@ class State:
         loss.backward()
         self.optimizer.step()
         for index, batch in parts:
-            self.facts.siblings[index].tokens += counted(batch)
+            sibling = self.facts.siblings[index]
+            sibling.rows, sibling.tokens = sibling.rows + len(batch["input_ids"]), sibling.tokens + counted(batch)
         self.step += 1
         return value
 

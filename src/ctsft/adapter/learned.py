@@ -4,24 +4,28 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ctsft.choices import LEARNED
 from ctsft.errors import CTError
 from ctsft.files import replacing
-from ctsft.spectral.kinds import LEARNED
+from ctsft.spectral.basis import generator
 
 FACTS = "ctsft"  # in a file's metadata: how it was learned, as JSON
 
 
 @dataclass
 class Sibling:
-    """A task that directions were learned from, the tokens of it that were trained on, and its mean losses in nats per
-    token over its held-out batches, None where it has none."""
+    """A task that directions were learned from: its rows and tokens that were trained on (with repeats) and its mean
+    losses in nats per token over its held-out batches, None where it has none."""
 
     name: str
+    rows: int = 0
     tokens: int = 0
     before: float | None = None
     after: float | None = None
@@ -53,6 +57,26 @@ class Learned:
     siblings: dict[str, Tensor]
     facts: Facts
 
+    @property
+    def k(self) -> int:
+        """The most directions that a matrix has."""
+        return max(map(len, self.vh.values()))
+
+    def agreement(self, draws: int = 200) -> dict[str, tuple[float, float]]:
+        """How far siblings use the directions alike, by kind of module: the mean cosine between the amplitudes of two
+        siblings in a matrix, and what it is under random signs, one standard deviation over `draws`. Empty for one
+        sibling: there is nobody to agree with."""
+        found: dict[str, tuple[float, float]] = {}
+        by_kind: dict[str, list[Tensor]] = {}
+        for name, a in self.siblings.items():
+            by_kind.setdefault(name.rpartition(".")[2], []).append(F.normalize(a.double(), dim=1))
+        for kind, matrices in by_kind.items() if len(self.facts.siblings) > 1 else ():
+            g = generator(0, "agreement", kind)
+            null = [sum(mean_cosine(a * random_signs(a.shape, g)) for a in matrices) for _ in range(draws)]
+            spread = float(torch.tensor(null).square().mean().sqrt()) / len(matrices)
+            found[kind] = sum(map(mean_cosine, matrices)) / len(matrices), spread
+        return found
+
     def save(self, folder: str | Path) -> Path:
         """Write `folder`/basis.safetensors, whole or not at all; returns its path."""
         path = Path(folder) / LEARNED
@@ -79,3 +103,13 @@ class Learned:
                 f"{path} holds no learned directions ({type(error).__name__}); ctsft basis learn makes them."
             ) from None
         return cls(**found, facts=facts)
+
+
+def mean_cosine(rows: Tensor) -> float:
+    """The mean over pairs of `rows` (S, K), each of length 1, of their product."""
+    s = len(rows)
+    return float((rows.sum(0).square().sum() - rows.square().sum()) / (s * (s - 1)))
+
+
+def random_signs(shape: torch.Size, g: torch.Generator) -> Tensor:
+    return torch.randint(2, shape, generator=g) * 2 - 1

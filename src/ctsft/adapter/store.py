@@ -186,7 +186,7 @@ library_name: peft
 
 # CT-SFT adapter ({config.form}, {config.basis} basis, K = {k})
 
-A fine-tuned change `dW = U C Vh` of a frozen model, whose directions come from its own weights or from data.
+A fine-tuned change `dW = U C Vh` of a frozen model, whose directions {whence(config)}.
 It loads with PEFT once `ctsft` is imported, which makes the method known to it:
 
 ```python
@@ -198,6 +198,14 @@ model = AutoPeftModelForCausalLM.from_pretrained("this folder")
 
 For a server, or a program without ctsft: `ctsft export FOLDER --to lora` writes an ordinary LoRA with the same numbers.
 """
+
+
+def whence(config: CTConfig) -> str:
+    """Where the directions come from, for the card."""
+    if config.basis_file is None:
+        return "come from its own weights or from data"
+    what = f"lie in the file `{config.basis_file}` (checksum {config.basis_checksum}), which many adapters may share"
+    return f"{what}: have it there, or put it into this folder"
 
 
 def replace_folder(new: Path, folder: Path) -> None:

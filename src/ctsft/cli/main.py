@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from ctsft.cli.adapter import export, sample
+from ctsft.cli.basis import basis
 from ctsft.cli.console import say
 from ctsft.cli.inspect import inspect
 from ctsft.cli.lab import lab
@@ -25,6 +26,7 @@ app.command(epilog="Example: ctsft tune --model smollm2-135m --data my.jsonl --k
 app.command(epilog="Example: ctsft export runs/mine --to lora --out runs/mine/lora")(export)
 app.command(epilog="Example: ctsft inspect smollm2-135m --k 64 --plot spectra.svg")(inspect)
 app.command(epilog="Example: ctsft sample runs/mine --prompt 'How many moons has Mars?'")(sample)
+app.add_typer(basis, name="basis")
 app.add_typer(lab, name="lab")
 
 

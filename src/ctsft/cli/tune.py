@@ -1,105 +1,41 @@
 """`ctsft tune`: its options are the fields of the recipe, and what it shows is the record."""
 
-import inspect
 import json
 import os
 import shlex
-import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from ctsft.choices import BASES, LEARNED
 from ctsft.cli.console import err, out_console, printable, say
+from ctsft.cli.options import default_threads, options_of, parsed
 from ctsft.errors import CTError, shown
-from ctsft.files import cores
 from ctsft.pages.words import duration, size
 from ctsft.progress import waiting
-from ctsft.tune.recipe import FIELDS, Recipe, make_recipe, read_recipe
+from ctsft.tune.recipe import Recipe, make_recipe, read_recipe
 from ctsft.tune.record import RunRecord, Sample
 
 WORSE = 3  # exit code of a run whose held-out loss rose
-NAMES = {"target_modules": "target"}  # options that are not called as their field
-METAVARS = {"k": "K|PATTERN=K,...", "lr": "RATE|auto"}
-DEFAULTS = {"threads": "OMP_NUM_THREADS, else all cores"}
 
 
-def parse_k(text: str) -> int | dict[str, int]:
-    """`64`, or `q_proj=64,.*=16`: K by module pattern, the first that fits counts."""
-    try:
-        if "=" not in text:
-            return int(text)
-        return {p: int(k) for p, _, k in (part.rpartition("=") for part in text.split(","))}
-    except ValueError:
-        raise CTError(f"--k {shown(text)!r} is neither a number nor pattern=number,pattern=number.") from None
+def with_directions(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of a recipe, where the basis may be a path in place of a kind: of directions that were learned."""
+    basis = values.get("basis")
+    if basis is None or basis in BASES:
+        return values
+    place = Path(basis).expanduser()
+    if not (place.is_file() or (place / LEARNED).is_file()):
+        raise CTError(
+            f"--basis {shown(basis)!r} is neither a kind of basis ({', '.join(BASES)}) nor a folder of learned "
+            "directions; ctsft basis learn makes one."
+        )
+    return {"basis_file": os.path.abspath(place)} | values | {"basis": "learned"}
 
 
-def parse_lr(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise CTError(f"--lr {shown(text)!r} is neither a number nor auto.") from None
-
-
-PARSERS: dict[str, Callable[[str], Any]] = {"k": parse_k, "lr": parse_lr}
-
-
-def default_threads() -> int:
-    """OMP_NUM_THREADS where it is set, else the cores this process may use."""
-    value = os.environ.get("OMP_NUM_THREADS", "")
-    return int(value) if value.isdigit() and int(value) > 0 else cores()
-
-
-# ---- options from fields
-
-
-def flat(hint: Any) -> list[Any]:
-    """The types and words that a field's type allows: of `int | Literal["auto"] | None` int, "auto" and None."""
-    if get_origin(hint) is Annotated:
-        return flat(get_args(hint)[0])
-    if get_origin(hint) in (Union, types.UnionType):
-        return [found for part in get_args(hint) for found in flat(part)]
-    return list(get_args(hint)) if get_origin(hint) is Literal else [get_origin(hint) or hint]
-
-
-def option_of(name: str, hint: Any) -> inspect.Parameter:
-    """The option of the recipe's field `name`, of type `hint`; not given it is None."""
-    field = Recipe.__dataclass_fields__[name]
-    allowed = [kind for kind in flat(hint) if kind is not type(None)]
-    words = all(isinstance(kind, str) for kind in allowed)
-    kind: Any = list[str] if allowed == [list] else allowed[0] if len(allowed) == 1 and not words else str
-    told = field.metadata["description"].replace("`", "")
-    if field.default is not None and kind is not bool:
-        told += f" (default: {DEFAULTS.get(name, str(field.default).removesuffix('.0'))})"
-    declared = typer.Option(
-        "--" + NAMES.get(name, name).replace("_", "-"),
-        help=told,
-        metavar="|".join(allowed) if words else METAVARS.get(name),
-        rich_help_panel=group(name),
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
-    )
-
-
-def group(name: str) -> str:
-    """The heading that the recipe's field `name` stands under in the help."""
-    return Recipe.__dataclass_fields__[name].metadata.get("group", "Adapter")
-
-
-def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with an option for every field of the recipe, in place of its `**given`."""
-    hints = get_type_hints(Recipe, include_extras=True)
-    fields = [option_of(name, hints[name]) for name in sorted(FIELDS, key=lambda n: group(n) != "Model and data")]
-    own = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(command).parameters.values() if p.name != "given"]
-    command.__signature__ = inspect.Signature([*fields, *own])  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in [*fields, *own]}
-    return command
-
-
-@recipe_options
+@options_of(Recipe)
 def tune(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/latest"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out with its own recipe.")] = False,
@@ -111,7 +47,7 @@ def tune(
     **given: Any,
 ) -> None:
     """Fine-tune a model, score it before and after, and write adapter, record and report."""
-    values = {n: PARSERS[n](v) if n in PARSERS else v for n, v in given.items() if v is not None}
+    values = with_directions(parsed(given))
     if resume and overwrite:
         raise CTError("--resume continues the run in --out and --overwrite replaces it; give one of them.")
     known = out / "recipe.json"

@@ -75,17 +75,34 @@ def load_corpus(
         train, examples = _questions(spec, seed, heldout, limit)
         return _corpus(spec, "prompt_completion", _pairs(train), _pairs(examples), limit, examples=tuple(examples))
 
+    name, located = located_rows(spec)
+    layouts = layouts_for(prompt_column, completion_column)
+    return split_rows(name, located, layouts, seed=seed, heldout=heldout, limit=limit)
+
+
+def located_rows(spec: str) -> tuple[str, Iterable[Located]]:
+    """The name and the raw rows of a file or hub dataset; CTError where there is none."""
     path = _path(spec)
     if path.is_file():
-        name, located = path.name, read_file(path)
-    elif HUB_DATA.fullmatch(spec) and not path.exists() and not path.name.endswith((*READABLE, *OPENERS)):
-        name, located = spec, read_hub(spec)
-    else:
-        close = difflib.get_close_matches(spec, BUILTIN, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"give sql, a file ({', '.join(READABLE)}) or org/name."
-        raise CTError(f"There is no data {spec!r} (built in: {', '.join(BUILTIN)}): {hint}")
+        return path.name, read_file(path)
+    if HUB_DATA.fullmatch(spec) and not path.exists() and not path.name.endswith((*READABLE, *OPENERS)):
+        return spec, read_hub(spec)
+    close = difflib.get_close_matches(spec, BUILTIN, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"give sql, a file ({', '.join(READABLE)}) or org/name."
+    raise CTError(f"There is no data {spec!r} (built in: {', '.join(BUILTIN)}): {hint}")
 
-    kind, rows, notes = _normalise(name, located, _layouts(prompt_column, completion_column))
+
+def split_rows(
+    name: str,
+    located: Iterable[Located],
+    layouts: Mapping[tuple[str, ...], Layout],
+    *,
+    seed: int,
+    heldout: float | int,
+    limit: int | None,
+) -> Corpus:
+    """Raw rows as `load_corpus` gives those of a file called `name`."""
+    kind, rows, notes = _normalise(name, located, layouts)
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     count = _heldout_count(heldout, len(rows))
     if count >= len(rows):
@@ -256,7 +273,7 @@ LAYOUTS: dict[tuple[str, ...], Layout] = {  # the fields that tell each, in the 
 }
 
 
-def _layouts(prompt: str | None, completion: str | None) -> Mapping[tuple[str, ...], Layout]:
+def layouts_for(prompt: str | None, completion: str | None) -> Mapping[tuple[str, ...], Layout]:
     """All layouts, or the one of two fields that a user names."""
     if prompt is None and completion is None:
         return LAYOUTS

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ctsft.choices import AdapterOptions
+from ctsft.choices import LEARNED, AdapterOptions
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis, gradient_basis, input_basis, random_basis, two_sides, weight_basis
 from ctsft.spectral.collect import input_grams, mean_gradients
@@ -32,7 +32,6 @@ from ctsft.spectral.weights import (
 Make = Callable[[str, Tensor, int], Basis]  # (module name, W (d_out, d_in), K) -> its directions
 
 OFF = 0.01  # how far products and lengths of a file's directions may be off: bfloat16 rounds them by less
-LEARNED = "basis.safetensors"  # the file of directions in the folder that they were learned in
 
 # The most directions of a matrix (d_out, d_in) by the sides that a kind has, for a form that needs one side only. Where
 # both are needed, it is the smaller of d_out and d_in.

@@ -20,6 +20,7 @@ from ctsft.tune.trainer import BEST, COMPLETE
 
 P = TypeVar("P", bound=Part)
 LOCK = ".lock"
+MARKS = ("recipe.json",)  # in the folder of a run
 FILES = ("run.json", "report.html", "before.json", "sources.json", "recipe.json")  # besides adapter/ and checkpoints/
 # What a killed run can leave: the scratch folder of `save_adapter` and the scratch files of `files.replacing`.
 SCRATCH = re.compile(rf"\.adapter-[a-z0-9_]{{8}}|\.({'|'.join(map(re.escape, (*FILES, BEST)))})-[0-9a-f]{{32}}")
@@ -28,21 +29,22 @@ SCRATCH = re.compile(rf"\.adapter-[a-z0-9_]{{8}}|\.({'|'.join(map(re.escape, (*F
 # ---- who is at work
 
 
-def is_foreign(out: Path) -> bool:
-    """Whether `out` is there and is neither a run nor empty; hidden files do not count."""
-    if not out.exists() or (out / "recipe.json").exists():
+def is_foreign(out: Path, marks: Iterable[str] = MARKS) -> bool:
+    """Whether `out` is there and is neither empty nor ours, by a file called as one of `marks`; hidden files do not
+    count."""
+    if not out.exists() or any((out / mark).exists() for mark in marks):
         return False
     return not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
+def locked(out: Path, marks: Iterable[str] = MARKS) -> Iterator[None]:
     """Hold `out`, made if need be, until the block ends; CTError at once where another process holds it.
 
     A process that ends, however it ends, holds nothing. What was made for the lock alone goes with it. A folder that is
-    not ours is left as it is.
+    not ours (see `is_foreign`) is left as it is.
     """
-    if is_foreign(out):
+    if is_foreign(out, marks):
         yield
         return
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -104,10 +106,10 @@ def claim_folder(recipe: Recipe, sources: Sources, out: Path) -> None:
     write_sealed(out / "sources.json", sources)
 
 
-def sweep(out: Path) -> None:
+def sweep(out: Path, scratch: re.Pattern[str] = SCRATCH) -> None:
     """Remove the scratch that killed runs left in `out`; nothing that has another name."""
     for path in [*out.glob(".*"), *(out / "checkpoints").glob(".*")]:
-        if SCRATCH.fullmatch(path.name) and not path.is_symlink():
+        if scratch.fullmatch(path.name) and not path.is_symlink():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -159,8 +161,10 @@ def check_recipe(recipe: Recipe, out: Path) -> None:
         )
 
 
-def check_sources(now: Sources, recipe: Recipe, out: Path, tell: Callable[[str], None]) -> None:
+def check_sources(now: Sources, model: str, data: str, out: Path, tell: Callable[[str], None]) -> None:
     """CTError where data or weights are not `now` what the run in `out` was started from; it says which.
+
+    model, data: what they are called.
 
     Where the run does not know, because it was killed before or its file was deleted, it goes by `now` from here on,
     and `tell` gets a sentence if anything was measured already.
@@ -173,11 +177,13 @@ def check_sources(now: Sources, recipe: Recipe, out: Path, tell: Callable[[str],
     old = read_sources(out)
     changed = []
     if old.data != now.data:
-        changed.append(f"rows in {recipe.data}")
+        changed.append(f"rows in {data}")
     elif old.tokens != now.tokens:
-        changed.append(f"tokens of {recipe.data} (the tokenizer or its chat template changed)")
+        changed.append(f"tokens of {data} (the tokenizer or its chat template changed)")
     if old.weights != now.weights:
-        changed.append(f"weights in {recipe.model}")
+        changed.append(f"weights in {model}")
+    if old.directions != now.directions:
+        changed.append("directions in the file that they are read from")
     if changed:
         raise CTError(
             f"the run in {out} was started with other {' and other '.join(changed)}; put back what changed, or start "

@@ -113,12 +113,14 @@ class Sample(Part):
 
 
 class Sources(Part):
-    """What a run was started from, as hashes: the recipe, the rows, the same rows in tokens, the model's weights."""
+    """What a run was started from, as hashes: the recipe, the rows, the same rows in tokens, the model's weights, and
+    the shared file of directions, if there is one."""
 
     recipe: str
     data: str
     tokens: str
     weights: str
+    directions: str | None = None
 
 
 class Setback(Part):

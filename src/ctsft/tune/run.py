@@ -146,6 +146,7 @@ def prepared(recipe: Recipe, console: Console) -> Parts:
     if (loaded.model.device.type, loaded.model.dtype) == ("cpu", torch.bfloat16) and longest_of(train) <= SHORT:
         loaded.model.set_attn_implementation("eager")
     model = with_adapter(recipe, loaded, train, console)
+    sources.directions = model.peft_config["default"].basis_checksum  # type: ignore[attr-defined]
     return Parts(recipe, loaded, parameters, corpus, train, heldout, cut, notes, sources, model, console)
 
 
@@ -239,7 +240,7 @@ def tune(
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
         parts = prepared(recipe, console)
         if resume:
-            check_sources(parts.sources, recipe, out, parts.tell)
+            check_sources(parts.sources, recipe.model, recipe.data, out, parts.tell)
         else:  # up to here nothing was written
             claim_folder(recipe, parts.sources, out)
         sweep(out)
