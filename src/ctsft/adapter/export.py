@@ -28,8 +28,9 @@ def export_adapter(
 ) -> list[str]:
     """Write adapter `adapter_name` of `model` to `folder`; returns notes that its user should read.
 
-    `lora`: exact, `lora_A = Vh_K`, `lora_B = U_K C`, zero-padded to one rank r, scale 1 (`lora_alpha = r`): peft, vLLM
-    and llama.cpp read the same numbers. `merged`: the whole model with W + dW in its own dtype; `model` is consumed.
+    `lora`: exact, `lora_A = Vh_K`, `lora_B = U_K C` (of `gains` diag(b) U_K diag(a)), zero-padded to one rank r, scale
+    1 (`lora_alpha = r`): peft, vLLM and llama.cpp read the same numbers. `merged`: the whole model with W + dW in its
+    own dtype; `model` is consumed.
     The folder appears whole or not at all. Raises CTError when `folder` exists, or for a LoRA of
     universal_mode='replace', whose dW has full rank.
     """

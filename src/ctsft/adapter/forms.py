@@ -194,9 +194,9 @@ class Gains(Between):
     The idea is VeRA's (Kopiczko et al. 2024, there EVEN is 0.1). At c = 0 dW is zero, and its gradient in b is not.
     """
 
-    rate = 0.02
+    rate = 0.1  # between those of two small models at K = 256, 0.3 and 0.5, and what keeps a larger one whole
     linear = False
-    EVEN = 0.1  # the amplitudes at the start: a step of b changes dW by a tenth of its size, one of a by ten times
+    EVEN = 0.1  # the amplitudes at the start; of 0.03 to 1, the best with one rate for b and a (LOG.md)
     absent = -EVEN
 
     def parts(self, c: Tensor, k: int) -> tuple[Tensor, Tensor]:
