@@ -101,7 +101,7 @@ def test_tensors_at_hand_are_loaded_by_transformers(prefix):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"store_basis": True}, {"basis": "gradient"}, {"target_modules": TIED}], ids=str
+    "options", [{}, {"store_basis": True}, {"basis": "gradient"}, {"target_modules": TIED}, {"form": "gains"}], ids=str
 )
 def test_new_numbers_are_swapped_in_without_compiling_again(options, tmp_path):
     for seed in (1, 2):
