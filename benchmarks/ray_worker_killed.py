@@ -27,7 +27,7 @@ from ctsft.lab.engines import on_ray
 from ctsft.lab.records import Records
 from ctsft.lab.spec import Arm, Spec
 from ctsft.lab.sweep import sweep
-from ctsft.models.load import load_tokenizer
+from ctsft.models.load import load_model
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
 VICTIM = 3  # in the order of their starts
@@ -60,7 +60,7 @@ def prepare(folder: Path) -> list[Arm]:
     torch.manual_seed(0)
     size = {"n_embd": 64, "n_layer": 4, "n_head": 2, "eos_token_id": 0, "pad_token_id": 0}
     PhotonicGPTForCausalLM(PhotonicGPTConfig(**size)).save_pretrained(folder / "small")
-    load_tokenizer("photonic").save_pretrained(folder / "small")
+    load_model("photonic").tokenizer.save_pretrained(folder / "small")
     (folder / "texts").mkdir()
     lines = "\n\n".join(f"line {i} has the number {i * i}" for i in range(4000))
     (folder / "texts" / "numbers.txt").write_text(lines)

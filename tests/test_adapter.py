@@ -17,6 +17,7 @@ from helpers import (
     FORMS,
     HEAD,
     SHAPES,
+    VOCABULARY,
     adapt,
     along,
     assert_close,
@@ -564,6 +565,8 @@ def test_the_layers_tell_their_sizes_as_a_linear_does(shape):
         base = tiny(shape).get_submodule(name)
         sizes = (base.nf, base.nx) if shape == "gpt2" else (base.out_features, base.in_features)
         assert (layer.out_features, layer.in_features) == sizes
+    embedding = adapt(tiny(shape), target_modules=[EMBEDDING[shape]]).get_base_model().get_input_embeddings()
+    assert (embedding.in_features, embedding.out_features) == (VOCABULARY, 16)  # as those of peft's LoRA
 
 
 def test_the_trained_numbers_are_float32_whatever_is_asked(tmp_path):

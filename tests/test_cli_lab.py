@@ -13,7 +13,7 @@ from ctsft.errors import CTError
 from ctsft.lab.compare import arm_runs
 from ctsft.lab.experiments import PAPERS
 from ctsft.lab.spec import Spec
-from ctsft.models.load import load_tokenizer
+from ctsft.models.load import load_model
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_an_experiment_on_one_s_own_model_and_text(tmp_path, monkeypatch):
     torch.manual_seed(0)
     config = PhotonicGPTConfig(n_embd=16, n_layer=2, n_head=2, eos_token_id=0, pad_token_id=0)
     PhotonicGPTForCausalLM(config).save_pretrained(model)
-    load_tokenizer("photonic").save_pretrained(model)
+    load_model("photonic").tokenizer.save_pretrained(model)
     (tmp_path / "my.txt").write_text("\n\n".join(f"line {i} has the number {i * i}" for i in range(2000)))
     monkeypatch.chdir(tmp_path)
     own = ("--model", "mine", "--data", "my.txt", "--experiments", folder, "--profile", "quick", "--seeds", 3)

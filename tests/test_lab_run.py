@@ -11,7 +11,7 @@ from ctsft.lab import sources
 from ctsft.lab.metrics import METRICS, value
 from ctsft.lab.records import Records
 from ctsft.lab.spec import Spec, replaced
-from ctsft.models.load import load_tokenizer, resolve
+from ctsft.models.load import load_model, resolve
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 from ctsft.spectral.weights import fingerprint
 
@@ -25,7 +25,7 @@ def small(tmp_path_factory):
     torch.manual_seed(0)
     model = PhotonicGPTForCausalLM(PhotonicGPTConfig(n_embd=16, n_layer=4, n_head=2, eos_token_id=0, pad_token_id=0))
     model.save_pretrained(folder / "small")
-    load_tokenizer("photonic").save_pretrained(folder / "small")
+    load_model("photonic").tokenizer.save_pretrained(folder / "small")
     (folder / "texts").mkdir()
     (folder / "texts" / "words.txt").write_text("\n\n".join(f"line {i} has the number {i * i}" for i in range(4000)))
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import ctsft.models.load
 from ctsft.errors import CTError
 from ctsft.files import read_json
-from ctsft.models.load import check_index, load_model, load_tokenizer, resolve
+from ctsft.models.load import check_index, load_model, resolve
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 
@@ -75,15 +75,15 @@ def test_dtype_auto_is_the_stored_one(folder, llama):
 
 
 def test_pad_token_falls_back_to_eos(folder):
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_model(str(folder)).tokenizer
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
 
 
 def test_an_own_pad_token_is_kept(folder):
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_model(str(folder)).tokenizer
     tokenizer.pad_token = "<s>"
     tokenizer.save_pretrained(folder)
-    assert load_tokenizer(str(folder)).pad_token_id == 0
+    assert load_model(str(folder)).tokenizer.pad_token_id == 0
 
 
 def test_loading_prints_nothing(folder, capfd):
@@ -248,7 +248,7 @@ def test_photonic_s_weights_are_a_package_that_may_be_missing(monkeypatch):
 
 
 def test_photonic_tokenizer_gives_back_every_text():
-    tokenizer = load_tokenizer("photonic")
+    tokenizer = load_model("photonic").tokenizer
     assert len(tokenizer) == 15_007 and tokenizer.model_max_length == 128
     text = "Zürich, 東京\n\t SELECT count(*)  FROM t;"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -5,12 +5,14 @@ import gzip
 import io
 import json
 import lzma
+import tracemalloc
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from ctsft.data import read
 from ctsft.data.read import read_file
 from ctsft.data.rows import load_corpus
 from ctsft.errors import CTError
@@ -122,6 +124,30 @@ def test_a_mistake_is_one_sentence(tmp_path, case):
     with pytest.raises(CTError, match=sentence) as error:
         list(read_file(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("suffix", "module"), [("gz", gzip), ("bz2", bz2), ("xz", lzma)])
+def test_a_small_file_that_unpacks_to_gigabytes_is_not_unpacked(suffix, module, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "UNPACKED", 2**25)
+    path = tmp_path / f"rows.jsonl.{suffix}"
+    path.write_bytes(module.compress(b" " * 2**24) * 512)  # one after the other is one file of 8 GiB
+    assert path.stat().st_size < 10_000_000
+    tracemalloc.start()
+    with pytest.raises(
+        CTError, match=rf"^rows\.jsonl\.{suffix} holds more than 0\.03125 GiB once it is unpacked; .*\.$"
+    ):
+        read_file(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+
+
+def test_what_unpacks_to_just_the_limit_is_read(tmp_path, monkeypatch):
+    row = json.dumps(PAIRS[0]).encode()
+    monkeypatch.setattr(read, "UNPACKED", len(row))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(row))
+    assert [r for _, r in read_file(tmp_path / "rows.jsonl.gz")] == [PAIRS[0]]
+    (tmp_path / "rows.jsonl").write_bytes(row + b"\n" + row)  # what is not compressed is as large as it looks
+    assert len(list(read_file(tmp_path / "rows.jsonl"))) == 2
 
 
 # ---- the hub

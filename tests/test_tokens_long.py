@@ -143,3 +143,25 @@ def test_a_long_text_is_tokenised_in_pieces(monkeypatch):
     monkeypatch.setattr(tokens, "_ids", lambda t, texts: read.append(sum(map(len, texts))) or encode(t, texts))
     format_rows(dataset({"text": "word " * 2_000}), TOKENIZERS["GPT-2"], "text", 100)
     assert max(read) < 1_000
+
+
+def text_of(words, seed, size=3_000):
+    draw, text = random.Random(seed), ""
+    while len(text) < size:
+        text += draw.choice(words)
+    return text
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "words",
+    [WORDS, "abcdefghij数据库é", ["the", "a", ",", "model", ";", "数据", "。"], ["Ж"], ["a b c d", "e" * 1_000]],
+    ids=("words", "letters", "signs", "unknown", "long words"),
+)
+def test_a_text_without_blanks_is_tokenised_in_pieces_to_the_same_tokens(name, words, monkeypatch):
+    tokenizer, texts, read = TOKENIZERS[name], [text_of(words, seed) for seed in range(2)], []
+    encode = tokens._ids
+    monkeypatch.setattr(tokens, "_ids", lambda t, texts: read.extend(map(len, texts)) or encode(t, texts))
+    found = tokens._tokenise(tokenizer, texts, True)
+    assert max(read) <= 2 * tokens.PIECE + tokens.SEAM
+    assert found == whole(tokenizer, texts, True)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from ctsft import CTConfig, CTError, resize, save_adapter
 from helpers import adapt, assert_same_bits, coefficients, logits, owners, randomise, tiny
@@ -122,6 +122,19 @@ def test_saving_under_fsdp1_with_a_full_state_dict(tmp_path):
     whole = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "sharded", state_dict=whole, save_embedding_layers=False)
     assert content(tmp_path / "sharded") == content(tmp_path / "plain")
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD", "ignore:.*FSDP:FutureWarning")  # one process shards nothing
+@pytest.mark.parametrize("options", [{}, {"store_basis": True}], ids=str)
+def test_a_whole_model_in_fsdp1_gives_its_tensors(options, tmp_path, alone):
+    """Its names begin with the wrapper's, before those of peft."""
+    model = randomise(adapt(tiny(), **options))
+    wanted = get_peft_model_state_dict(model)
+    wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    found = get_peft_model_state_dict(wrapped)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert_same_bits(found[name], tensor)
 
 
 TWO = """

@@ -246,6 +246,14 @@ class CTLinear(CTLayer):
 class CTEmbedding(CTLayer):
     """Adapters of an Embedding, W (vocabulary, d_model): row ids pick rows of the left factor."""
 
+    @property
+    def in_features(self) -> int:
+        return matrix(self.get_base_layer()).shape[0]  # the vocabulary, as in peft's own layers of embeddings
+
+    @property
+    def out_features(self) -> int:
+        return matrix(self.get_base_layer()).shape[1]
+
     def delta(self, name: str, x: Tensor) -> Tensor:
         return self.form(name).rows(x, self.ready(name), self.dropped(name)) * self.scale()
 

@@ -21,6 +21,7 @@ from ctsft.errors import CTError, shown
 READABLE = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 OPENERS: dict[str, Callable[..., Any]] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
 BLOCK_CHARACTERS = 1500
+UNPACKED = 2**30  # bytes that are read of a compressed file
 
 Located = tuple[str, Any]  # a place, and what stands there
 
@@ -46,9 +47,14 @@ def read_file(path: Path) -> Iterator[Located]:
 def _read_text(path: Path) -> str:
     try:
         with OPENERS.get(path.suffix, Path.open)(path, "rb") as file:
-            raw: bytes = file.read()
+            raw: bytes = file.read(UNPACKED + 1 if path.suffix in OPENERS else -1)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise CTError(f"{path.name} cannot be read ({error}).") from error
+    if path.suffix in OPENERS and len(raw) > UNPACKED:
+        raise CTError(
+            f"{path.name} holds more than {UNPACKED / 2**30:g} GiB once it is unpacked; if that is meant, unpack it "
+            "first and give the file that comes out."
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

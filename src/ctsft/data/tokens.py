@@ -17,8 +17,10 @@ from ctsft.errors import CTError, shown
 TEXT_PROMPT_TOKENS = 32
 BATCH = 2**20  # characters that are tokenised together: what that takes is many times their size
 PIECE = 2**17  # characters of a long text that are tokenised apart
-BLANK = re.compile(r"(?<=\w)\s(?=\w)")
+# Where a long text may be cut, the best first: before a blank between words, after a sign, anywhere.
+PLACES = tuple(map(re.compile, (r"(?<=\w)\s(?=\w)", r"(?<=[^\w\s])(?=\w)", "")))
 SEAM = 256  # characters on either side that show whether tokens end at a place
+TRIES = 20  # places of a kind that are looked at
 
 
 class Cut(NamedTuple):
@@ -142,9 +144,9 @@ def _tokenise(
     start = [i for i in tokenizer("")["input_ids"] if i == tokenizer.bos_token_id][:1] if bos else []
     if most is None:
         whole = [list(start) for _ in texts]
-        pieces = [(ids, piece) for ids, text in zip(whole, texts, strict=True) for piece in _pieces(tokenizer, text)]
-        for (ids, _), more in zip(pieces, _encode(tokenizer, (piece for _, piece in pieces)), strict=True):
-            ids += more
+        pieces = [(ids, *piece) for ids, text in zip(whole, texts, strict=True) for piece in _pieces(tokenizer, text)]
+        for (ids, _, known), more in zip(pieces, _encode(tokenizer, (piece for _, piece, _ in pieces)), strict=True):
+            ids += more[known:]
         return whole
     found: dict[int, list[int]] = {}
     size = 64 + 16 * most  # characters
@@ -180,19 +182,20 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
     return list(found["input_ids"])
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[str]:
-    """A long text in pieces whose tokens, one after the other, are those of the whole: cut before blanks between words
-    where tokens end, as the text around them shows. A text, or its rest, that shows no such place is one piece."""
-    begin = 0
-    while len(text) - begin > 2 * PIECE:
-        for blank in islice(BLANK.finditer(text, begin + PIECE), 20):
-            end = blank.start()
-            left, right = text[max(begin, end - SEAM) : end], text[end : end + SEAM]
-            one, two, both = _ids(tokenizer, [left, right, left + right])
-            if one + two == both:
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[tuple[str, int]]:
+    """A long text in pieces whose tokens, one after the other, are those of the whole. Each is cut at the first of
+    PLACES where tokens end, as the text around it shows, and has the last characters of the piece before in front,
+    with the number of their tokens. Where no token ends it is cut all the same, and its tokens may be others there."""
+    begin = cut = known = 0
+    while len(text) - cut > 2 * PIECE:
+        first, last = cut + PIECE, cut + 2 * PIECE
+        for end in (m.start() for place in PLACES for m in islice(place.finditer(text, first, last), TRIES)):
+            before = max(cut, end - SEAM)
+            left, both = _ids(tokenizer, [text[before:end], text[before : end + SEAM]])
+            if both[: len(left)] == left:
                 break
         else:
-            break
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
+            before, end, left = first, first, []
+        yield text[begin:end], known
+        begin, cut, known = before, end, len(left)
+    yield text[begin:], known

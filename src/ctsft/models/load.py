@@ -73,15 +73,6 @@ def load_skeleton(spec: str) -> tuple[PreTrainedModel, Path]:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False), folder
 
 
-def load_tokenizer(spec: str) -> PreTrainedTokenizerBase:
-    """Load only the tokenizer that belongs to `spec` (see `resolve`).
-
-    It always has a pad token: where none is stored, the end-of-text token serves. Raises CTError as `load_model` does,
-    also if there is no end-of-text token.
-    """
-    return _load_tokenizer(resolve(spec))
-
-
 def resolve(spec: str) -> Path | str:
     """Turn `spec` into what `from_pretrained` reads: a folder or a hub id.
 
@@ -161,6 +152,7 @@ def check_index(source: Path | str) -> None:
 
 
 def _load_tokenizer(source: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of `source`, with a pad token: where none is stored, the end-of-text token. CTError without one."""
     local = isinstance(source, Path)
     names = [file.name for file in Path(source).iterdir()] if local else []
     if local and not any(name.startswith(("tokenizer", "vocab")) or name.endswith(".model") for name in names):

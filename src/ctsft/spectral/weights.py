@@ -35,7 +35,7 @@ def matrix(module: nn.Module, weight: Tensor | None = None) -> Tensor:
 
 def clean_name(name: str) -> str:
     """A module's name in the bare model, whatever wraps it."""
-    return unwrapped(name.removeprefix("base_model.model."))
+    return unwrapped(name).removeprefix("base_model.model.")
 
 
 def checked(name: str, module: nn.Module) -> Tensor:
