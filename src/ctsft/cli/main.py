@@ -13,7 +13,7 @@ from ctsft.cli.console import say
 from ctsft.cli.inspect import inspect
 from ctsft.cli.lab import lab
 from ctsft.cli.tune import tune
-from ctsft.errors import CTError, needs
+from ctsft.errors import CTError, needs, shown
 
 app = typer.Typer(
     help="Fine-tune a language model by a few thousand numbers in its own spectrum (CT-SFT).",
@@ -41,11 +41,23 @@ def literal(command: Any) -> Any:
     return command
 
 
+def check_digits(words: list[str]) -> None:
+    """CTError where a word of the command line is a number of more digits than Python reads (4,300)."""
+    for before, word in zip(["", *words], words, strict=False):
+        option, _, value = word.rpartition("=") if word.startswith("--") else (before, "", word)
+        digits = value.lstrip("+-")
+        if len(digits) > sys.int_info.default_max_str_digits and digits.isdecimal():
+            raise CTError(
+                f"{shown(option, 40)} {value[:20]}... is a number of {len(digits):,} digits; give a smaller one."
+            )
+
+
 def main() -> None:
     """Run the command; a user's mistake is one sentence on standard error and exit code 2."""
     for module in ("peft", "transformers", "trl"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)  # their talk with each other
     try:
+        check_digits(sys.argv[1:])
         with needs():
             literal(typer.main.get_command(app))()
     except (CTError, OSError) as error:  # OSError: a full disk, a folder that may not be written
