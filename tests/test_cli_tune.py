@@ -220,11 +220,13 @@ def test_a_mistake_in_tune_is_one_sentence(name, ctsft, files, tmp_path):
     assert_one_sentence(ctsft("tune", *options(files), "--out", tmp_path / "run", *changes), *words)
 
 
-def test_a_rate_beyond_all_ends_in_one_sentence(ctsft, files, tmp_path):
-    code, out, err = ctsft("tune", *options(files), "--out", tmp_path / "run", "--lr", "1e30")
-    assert (code, out) == (2, "")
+def test_a_rate_beyond_all_costs_no_adapter_and_is_told(ctsft, files, tmp_path):
+    code, _, err = ctsft("tune", *options(files), "--out", tmp_path / "run", "--lr", "1e30")
+    assert code == 3
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "error: the loss is nan at step 2; start anew with a smaller lr."
+    assert "After step 1 the loss was not finite, so the run went on from its state of step 0" in err
+    assert "the adapter that was kept is as it began. Try a smaller lr than 1e+30." in err.splitlines()[-1]
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_empty_data_is_one_sentence(ctsft, files, tmp_path):
