@@ -159,8 +159,7 @@ def sources_of(lesson: Lesson, family: Family, corpora: dict[str, Corpus], weigh
 def taught(lesson: Lesson, loaded: Loaded, family: Family, state: Path, console: Console) -> Learned:
     """The directions that the siblings in `family` teach; where the file `state` is, learning goes on from it."""
     pad, names = loaded.tokenizer.pad_token_id, list(family.train)
-    together = min(TOGETHER, lesson.batch_size, len(names))
-    size = max(1, lesson.batch_size // together)
+    size = max(1, lesson.batch_size // min(TOGETHER, len(names)))  # rows of one sibling
     model: Any = loaded.model
     if torch.cuda.is_available():
         model.to("cuda")
@@ -172,7 +171,7 @@ def taught(lesson: Lesson, loaded: Loaded, family: Family, state: Path, console:
         {name: batches_of(rows, size, pad, lesson.seed, name) for name, rows in family.train.items()},
         lesson.k,
         steps=lesson.steps,
-        batches=together,
+        batches=lesson.batch_size // size,
         heldout=heldout,
         target_modules=lesson.target_modules,
         rates=(lesson.lr, 10 * lesson.lr),
