@@ -175,10 +175,10 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_others():
 def test_a_step_counts_on_the_first_of_the_directions(monkeypatch):
     seen, loss = [], Joint.loss
     monkeypatch.setattr(Joint, "loss", lambda self, parts, first=None: seen.append(first) or loss(self, parts, first))
-    learn(k=MIXED, steps=40)
+    learn(k=MIXED, steps=40, nested=True)
     assert set(seen) == {16, 8, 4} == set(ladder(16))
     seen.clear()
-    learn(nested=False)
+    learn()
     assert set(seen) == {8}
 
 
@@ -187,7 +187,7 @@ def test_the_ladder_ends_where_few_directions_are_left():
 
 
 def test_those_that_siblings_use_most_come_first_among_those_of_a_size():
-    learned = learn(k=MIXED, steps=30)
+    learned = learn(k=MIXED, steps=30, nested=True)
     for a in learned.siblings.values():
         power = a.square().sum(0)
         for low, high in ((0, 4), (4, 8), (8, 16)):
