@@ -188,7 +188,7 @@ def learn_basis(
     Every step sees `batches` batches, of the siblings in turn (an Iterable that can be read again is; an iterator must
     be long enough), and moves U, Vh and the amplitudes of those siblings by Adam with the two `rates`. With `nested`
     each step counts on the first k, k/2, k/4 ... directions only, by chance, so that the first few serve alone too, at
-    some cost to all of them. The model is left as it was. `heldout`: batches for each sibling's losses before and after.
+    some cost to all of them. The model is left as it was. `heldout`: batches for the losses before and after.
 
     The state is written to `keep` now and then; where that is there, learning goes on from it to the same bits. `file`
     gets the progress. Save the result, and give basis='learned', basis_file=folder. Raises CTError for no siblings, one
