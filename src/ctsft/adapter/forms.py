@@ -194,7 +194,7 @@ class Gains(Between):
     The idea is VeRA's (Kopiczko et al. 2024, there EVEN is 0.1). At c = 0 dW is zero, and its gradient in b is not.
     """
 
-    rate = 0.1  # between those of two small models at K = 256, 0.3 and 0.5, and what keeps a larger one whole
+    rate = 0.1  # below those of two small models at K = 256, 0.3 and 0.5: larger ones were not tried
     linear = False
     EVEN = 0.1  # the amplitudes at the start; of 0.03 to 1, the best with one rate for b and a (LOG.md)
     absent = -EVEN
