@@ -18,7 +18,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
     "adapter": [
         *("seal", "config", "forms", "fused", "layer", "store", "read", "swap", "bare", "targets"),
-        *("bases", "arithmetic", "model", "resize", "calibrate", "export", "rate", "loss", "learned", "learn"),
+        *("bases", "arithmetic", "model", "resize", "calibrate", "export", "loss", "rate", "learned", "learn"),
     ],
     "quantities": ["gradients", "look", "ablation"],
     "probe": [],
@@ -26,7 +26,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "tune": ["recipe", "record", "report", "inspect", "measure", "trainer", "folder", "run", "lesson", "learn"],
     "lab": [
         *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
-        *("prefix", "run"),
+        *("prefix", "rules", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
         *("drawing", "figures", "page"),
     ],

@@ -1,5 +1,6 @@
 """The rule for the learning rate: its numbers, and what it reads of the model."""
 
+import math
 import statistics
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import ctsft
 from ctsft import CTConfig, CTError, resize
 from ctsft.adapter.rate import learning_rate, rate
-from helpers import FORMS, SHAPES, adapt, owners, randomise, tiny
+from helpers import FORMS, SHAPES, adapt, batches, coefficients, ids, owners, randomise, tiny
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_the_largest_k_of_the_config_counts_also_after_a_resize():
 def test_it_is_that_of_the_adapter_named_and_of_weights_without_a_merge():
     model = randomise(adapt(tiny()), scale=100.0)
     model.add_adapter("two", CTConfig(k=4, form="scores", target_modules=["q_proj"]))
-    first, second = learning_rate(model), learning_rate(model, "two")
+    first, second = learning_rate(model), learning_rate(model, adapter_name="two")
     assert second == learning_rate(adapt(tiny(), form="scores", target_modules=["q_proj"])) < first
     model.merge_adapter()
     assert learning_rate(model) == first
@@ -58,4 +59,110 @@ def test_it_is_that_of_the_adapter_named_and_of_weights_without_a_merge():
 def test_no_adapter_is_an_error():
     for model, name in ((tiny(), "default"), (adapt(tiny()), "two")):
         with pytest.raises(CTError, match=rf"no CT-SFT adapter '{name}', so there is nothing to give a rate for\."):
-            learning_rate(model, name)
+            learning_rate(model, adapter_name=name)
+
+
+def test_a_name_in_the_place_of_batches_is_told():
+    with pytest.raises(CTError, match=r"name the adapter by adapter_name='default'\."):
+        learning_rate(adapt(tiny()), "default")
+
+
+# ---- from batches
+
+
+def slow_rate(model, given):
+    """The rule word by word: plain backward passes of the model's own loss, all numbers in one vector."""
+    numbers = list(coefficients(model).values())
+    start = torch.cat([c.detach().flatten() for c in numbers])
+
+    def gradient(at, batch):
+        for c, part in zip(numbers, at.split([c.numel() for c in numbers]), strict=True):
+            c.data.copy_(part.view_as(c))
+        model.zero_grad()
+        model(labels=batch["input_ids"], **batch).loss.backward()
+        return torch.cat([c.grad.flatten() for c in numbers])
+
+    each = [gradient(start, batch) for batch in given]
+    total = sum(each)
+    scale = 0.6 * float(each[0].norm()) ** -0.76 * len(start) ** -0.27
+    first, found = float(each[0] @ total.sign()), []
+    for share in (0.5, 2.0):
+        left = float(gradient(start - share * scale * total.sign(), given[0]) @ total.sign())
+        found.append(share * scale * first / (first - left) if left < first else 16 * scale)
+    found = [min(max(t, scale / 16), scale * 16) for t in found]
+    agree = sum(float(g @ (total - g).sign()) for g in each) / float(total @ total.sign())
+    return 0.9 * max(agree, 1 / 16) * (found[0] * found[1]) ** 0.5
+
+
+def three():
+    return [*batches(), {"input_ids": ids(seed=4)}]
+
+
+@pytest.mark.parametrize("basis", ["weight", "gradient", "universal"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_is_as_far_as_the_sign_step_falls_on_other_batches_too(shape, form, basis):
+    found = learning_rate(adapt(tiny(shape), form=form, basis=basis), three())
+    assert found == float(f"{slow_rate(adapt(tiny(shape), form=form, basis=basis), three()):.2g}")
+
+
+def test_all_is_left_as_it_was():
+    """Numbers, gradients, what trains, modes and random state; also where the adapter stands elsewhere than at zero."""
+    model = randomise(adapt(tiny(), amplitude_dropout=0.5)).train()
+    one = next(iter(coefficients(model).values()))
+    one.grad = torch.ones_like(one)
+    frozen = list(coefficients(model).values())[-1].requires_grad_(False)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+    first = learning_rate(model, batches())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert model.training and not frozen.requires_grad and torch.equal(one.grad, torch.ones_like(one))
+    assert sum(p.requires_grad for p in model.parameters()) == len(coefficients(model)) - 1
+    assert learning_rate(model, iter(batches())) == first
+
+
+def test_it_is_left_as_it_was_after_an_error(monkeypatch):
+    model = adapt(tiny()).train()
+    monkeypatch.setattr("ctsft.adapter.rate.line", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        learning_rate(model, batches())
+    assert model.training and not any(c.any() for c in coefficients(model).values())
+
+
+@pytest.mark.parametrize("second", [math.nan, math.inf, -2.0, -1.0])
+def test_a_slope_that_gives_no_valley_stays_within_bounds(second, monkeypatch):
+    slopes = iter([-1.0, -1.0, -1.0, 1.0, second, -4.0])  # of both batches by the other's, the first, then; of all
+    monkeypatch.setattr("ctsft.adapter.rate.slope", lambda *_: next(slopes))
+    monkeypatch.setattr("ctsft.adapter.rate.line", lambda *_: 1.0)
+    far = 16.0 if second < 0 else 1 / 16
+    assert learning_rate(adapt(tiny()), batches()) == float(f"{0.9 * 0.5 * (0.25 * far) ** 0.5:.2g}")
+
+
+def test_batches_that_do_not_agree_count_a_sixteenth(monkeypatch):
+    slopes = iter([1.0, 1.0, -1.0, 1.0, 1.0, -4.0])
+    monkeypatch.setattr("ctsft.adapter.rate.slope", lambda *_: next(slopes))
+    monkeypatch.setattr("ctsft.adapter.rate.line", lambda *_: 1.0)
+    assert learning_rate(adapt(tiny()), batches()) == float(f"{0.9 / 16 * (0.25 * 1.0) ** 0.5:.2g}")
+
+
+def test_a_steeper_gradient_asks_for_a_smaller_rate():
+    """Where the rule of the weights gives the same to both."""
+    steep, flat = (adapt(tiny(), basis=basis) for basis in ("gradient", "random"))
+    assert learning_rate(steep) == learning_rate(flat)
+    alike = batches()[:1] * 2
+    assert learning_rate(steep, alike) < learning_rate(flat, alike)
+
+
+def test_what_gives_no_rate_is_one_sentence():
+    model = adapt(tiny())
+    with pytest.raises(CTError, match=r"got 1 of the two batches it needs"):
+        learning_rate(model, batches()[:1])
+    model.add_adapter("two", CTConfig(k=4))
+    with pytest.raises(CTError, match=r"is zero on these batches.*is the adapter active"):
+        learning_rate(model, batches(), "two")
+    for c in coefficients(model).values():
+        c.data.fill_(math.nan)
+    with pytest.raises(CTError, match="is not finite on these batches"):
+        learning_rate(model, batches())

@@ -1,12 +1,26 @@
-"""The learning rate that an adapter asks for: read off its weights, form and K."""
+"""The learning rate that an adapter asks for: measured on a few batches, or read off its weights, form and K."""
 
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import median
 
+import torch
 from torch import Tensor, nn
 
 from ctsft.adapter.forms import FORMS
+from ctsft.adapter.loss import summed_loss
 from ctsft.adapter.store import layers_of
+from ctsft.errors import CTError
+from ctsft.spectral.collect import own_labels
 from ctsft.spectral.weights import matrix
+
+# The best peak rates of tuned grids lie at this share of `valley`, whatever the form, the basis, K, the batch and the
+# number of steps (docs/learning-rates.md).
+SHARE = 0.9
+BATCHES = 4  # that `ctsft tune` and the laboratory measure on: six forward and backward passes
+TRIED = (0.5, 2.0)  # where the slope is measured, as shares of `line`
+MOST = 16.0  # how far off `line`, and how much flatter on other batches, a measurement counts
 
 # The shares of the forms are the best peak rates of short AdamW runs with linear decay at this K, over the model's
 # typical singular value: of `diagonal` on SmolLM2-135M (LOG.md), of the others on a 15M model. An amplitude adds to a
@@ -14,22 +28,101 @@ from ctsft.spectral.weights import matrix
 TUNED_K = 64
 
 
-def learning_rate(model: nn.Module, adapter_name: str = "default") -> float:
+def learning_rate(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]] | None = None, adapter_name: str = "default"
+) -> float:
     """The peak AdamW rate for adapter `adapter_name` of `model`: change of a trained number per step, to two digits.
 
-    share(form) * s * sqrt(64 / K), where s is the median over the adapted matrices of |W|_F / sqrt(min(d_out, d_in)),
-    the rms singular value, and K is the largest that the config asks for (below 16 it counts as 16). It was read off
-    short AdamW runs with linear decay and no weight decay, and is meant for those; the rates that trainers have as
-    their default, made for all weights, are thousands of times smaller.
+    `batches`: two or more (four are enough) of the size that is trained on, as the model takes them: input_ids (b, t),
+    and labels (without them, all tokens but padding). The rate is 0.9 r t. Along -sign(gradient), the way of Adam's
+    first step, the loss falls until t: its slope is measured at two places, and t is where it would be zero. r is what
+    other batches leave of that slope: the mean slope of a batch along the sign of the others' gradient, over that along
+    the sign of all. This takes a forward and backward pass a batch, and two more. Numbers, gradients, modes and random
+    state are left as they were.
 
-    It knows the weights, the form and K only, not the data or where the directions come from. So it is far too high for
-    basis='gradient', whose directions are those in which the loss moves most: give a smaller one of your own there.
-    Raises CTError where the model has no such adapter.
+    Without `batches` it is read off the weights, share(form) * s * sqrt(64 / K), where s is the median over the adapted
+    matrices of |W|_F / sqrt(min(d_out, d_in)), the rms singular value, and K is the largest that the config asks for
+    (below 16 it counts as 16). That knows neither the data nor the basis: it is tenfold too high for basis='gradient'.
+
+    Both are for linear decay without weight decay; the rates that trainers have as their default, made for all weights,
+    are thousands of times smaller. Raises CTError where the model has no such adapter, the adapter is not active, or a
+    loss or gradient is zero or not finite.
     """
+    if isinstance(batches, str):
+        raise CTError(f"batches are inputs of the model; name the adapter by adapter_name={batches!r}.")
     layers = list(layers_of(model, adapter_name, ", so there is nothing to give a rate for").values())
+    if batches is not None:
+        numbers: list[Tensor] = [m.ctsft_coefficients[adapter_name] for m in layers]
+        return two_digits(SHARE * valley(model, numbers, [*batches]))
     scale = median(rms_singular_value(m.get_base_layer(), m.base_weight()) for m in layers)
     config = layers[0].ctsft_config[adapter_name]
     return rate(config.form, config.k if isinstance(config.k, int) else max(config.k.values()), scale)
+
+
+# ---- measured
+
+
+def valley(model: nn.Module, numbers: Sequence[Tensor], batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """r t of `learning_rate`: t by the secant of the slope on the first batch, the geometric mean over two places, each
+    at most 16-fold off `line`; r at least 1/16."""
+    if len(batches) < 2:
+        raise CTError(f"learning_rate got {len(batches)} of the two batches it needs at least; four are enough.")
+    with borrowed(model, numbers) as start:
+        each = [gradient(model, numbers, batch) for batch in batches]
+        total = [sum(parts[1:], parts[0]) for parts in zip(*each, strict=True)]
+        norm = math.sqrt(sum(float(g.square().sum()) for g in each[0]))
+        if not norm or not math.isfinite(sum(float(g.square().sum()) for g in total)):
+            raise CTError(
+                f"the gradient of the adapter's numbers is {'not finite' if norm else 'zero'} on these batches, so "
+                "they give no rate; is the adapter active, and has every batch a token that counts?"
+            )
+        way = [-g.sign() for g in total]
+        others = sum(slope(g, [-(t - own).sign() for t, own in zip(total, g, strict=True)]) for g in each)
+        first, scale, found = slope(each[0], way), line(norm, sum(n.numel() for n in numbers)), []
+        for share in TRIED:
+            for number, begin, w in zip(numbers, start, way, strict=True):
+                number.data.copy_(begin + share * scale * w)
+            rises = slope(gradient(model, numbers, batches[0]), way) - first
+            step = share * scale * -first / rises if rises > 0 else math.inf
+            found.append(min(max(step, scale / MOST), scale * MOST) if math.isfinite(rises) else scale / MOST)
+    return math.prod(found) ** (1 / len(found)) * max(others / slope(total, way), 1 / MOST)
+
+
+def line(norm: float, count: int) -> float:
+    """The rate of a line through 55 tuned arms: by the `norm` of the gradient of all `count` trained numbers."""
+    return float(0.6 * norm**-0.76 * count**-0.27)
+
+
+def slope(gradient: Sequence[Tensor], way: Sequence[Tensor]) -> float:
+    return sum(float((g * w).sum()) for g, w in zip(gradient, way, strict=True))
+
+
+def gradient(model: nn.Module, numbers: Sequence[Tensor], batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The gradient of the mean loss (nats per token) over `batch`, a tensor for each of `numbers`."""
+    loss, count = summed_loss(model, {"labels": own_labels(batch), **batch})
+    if not loss.requires_grad:  # the adapter takes no part
+        return [torch.zeros_like(n) for n in numbers]
+    found = torch.autograd.grad(loss / count, numbers, allow_unused=True)
+    return [torch.zeros_like(n) if g is None else g for n, g in zip(numbers, found, strict=True)]
+
+
+@contextmanager
+def borrowed(model: nn.Module, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """`numbers` as they stand, copied, while they may be moved and have gradients and `model` drops nothing out."""
+    start, wanted, training = [n.detach().clone() for n in numbers], [n.requires_grad for n in numbers], model.training
+    try:
+        model.eval()
+        for number in numbers:
+            number.requires_grad_(True)
+        yield start
+    finally:
+        model.train(training)
+        for number, begin, wants in zip(numbers, start, wanted, strict=True):
+            number.data.copy_(begin)
+            number.requires_grad_(wants)
+
+
+# ---- read off the weights
 
 
 def rms_singular_value(module: nn.Module, weight: Tensor) -> float:
@@ -40,4 +133,8 @@ def rms_singular_value(module: nn.Module, weight: Tensor) -> float:
 
 def rate(form: str, k: int, scale: float) -> float:
     """share(form) * `scale` * sqrt(64 / `k`), to two digits; `k` below 16 counts as 16 (see `learning_rate`)."""
-    return float(f"{FORMS[form].rate * scale * (TUNED_K / max(k, 16)) ** 0.5:.2g}")
+    return two_digits(FORMS[form].rate * scale * (TUNED_K / max(k, 16)) ** 0.5)
+
+
+def two_digits(value: float) -> float:
+    return float(f"{value:.2g}")

@@ -24,8 +24,11 @@ Selections = Annotated[tuple[Selection, ...], BeforeValidator(lambda v: (v,) if 
 ARGUMENTS: dict[str, tuple[set[str], set[str]]] = {
     "less": ({"b"}, {"against_metric"}),  # metric of a below against_metric of every b, by more than effect
     "near": ({"number"}, {"b", "against_metric", "of"}),  # a (less b, or over b) within effect of number
-    "above": ({"number"}, {"b", "against_metric", "of"}),  # a (less b, or over b) above number by more than effect
-    "below": ({"number"}, {"b", "against_metric", "of"}),
+    "above": (
+        {"number"},
+        {"b", "against_metric", "of", "over"},
+    ),  # a (less b, or over b) above number by more than effect
+    "below": ({"number"}, {"b", "against_metric", "of", "over"}),  # over: the mean or largest of all arms that fit a
     "ordered": ({"along", "direction"}, {"gains"}),  # every neighbour along a field differs by more than effect
     "best": ({"along", "value", "mode"}, set()),  # the smallest or largest is at value, by more than effect
     "correlation": ({"against_metric", "number"}, set()),  # over the arms of a: beyond number, away from zero
@@ -69,6 +72,9 @@ class Claim(Strict):
     number: float | None = None
     budgets: tuple[int, int] | None = None
     per: str = ""
+    over: Literal["", "mean", "max"] = Field(
+        default="", description="of all arms that fit, whatever their other fields"
+    )
     effect: Annotated[float, Field(ge=0)] = Field(description="the size that counts, in the metric's unit")
     protocol: Literal["honest", "paper"] = "honest"
     any_model: bool = Field(

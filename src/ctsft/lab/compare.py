@@ -9,7 +9,7 @@ from typing import Any
 
 from ctsft.errors import CTError
 from ctsft.lab.experiments import Laboratory, arms
-from ctsft.lab.metrics import AHEAD, METRICS, drop, value
+from ctsft.lab.metrics import AHEAD, DROP_LOST, METRICS, drop, value
 from ctsft.lab.rates import finals
 from ctsft.lab.records import Record
 from ctsft.lab.spec import Spec
@@ -100,6 +100,8 @@ def measured(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float |
     """Any metric of `arm`, one number a seed; relative ones are taken against their reference among `arms`."""
     if rival := AHEAD.fullmatch(metric):
         return ahead(arm, arms, int(rival[1]))
+    if metric == DROP_LOST:
+        return lost(arm, arms)
     return relative(arm, arms, metric) if metric in REFERENCES else arm.values(metric)
 
 
@@ -130,6 +132,29 @@ def relative(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float |
         return None if part is None or whole is None or whole <= 0 else part / whole
 
     return [fraction(seed, reached) for seed, reached in zip(arm.seeds, arm.values(last), strict=True)]
+
+
+def lost(arm: ArmRuns, arms: Sequence[ArmRuns]) -> list[float | None]:
+    """The share of the held-out loss drop of the same arm with a tuned rate that `arm`, whose rate is by a rule, lacks
+    at the same seed: 0 where it ends as low, below 0 where lower, above 1 where it ends above its start; 1 if diverged.
+
+    None for the tuned arm itself and where its drop is missing or not above 0.
+    """
+    alike = arm.spec.model_dump(exclude={"rule", "lr", "seed"})
+    tuned = [
+        r for r in arms if not r.spec.rule and r.tuned and r.spec.model_dump(exclude={"rule", "lr", "seed"}) == alike
+    ]
+    if not arm.spec.rule or len(tuned) != 1:
+        return [None] * len(arm.seeds)
+    whole = dict(zip(tuned[0].seeds, tuned[0].values("heldout_drop"), strict=True))
+    own = dict(zip(arm.seeds, arm.values("heldout_drop"), strict=True))
+    diverged = {r.spec.seed for r in arm.records if r.diverged}
+
+    def share(seed: int) -> float | None:
+        full, part = whole.get(seed), 0.0 if seed in diverged else own[seed]
+        return None if full is None or full <= 0 or part is None else 1 - part / full
+
+    return [share(seed) for seed in arm.seeds]
 
 
 def ahead(arm: ArmRuns, arms: Sequence[ArmRuns], rival: int) -> list[float | None]:

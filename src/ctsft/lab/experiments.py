@@ -51,6 +51,7 @@ class Table(Strict):
     title: str
     columns: dict[str, str]
     where: dict[str, Any] = {}
+    per: str = Field(default="", description="a field: a row for each of its values, over all arms that have it")
     paper: list[dict[str, Any]] = Field(default=[], description="rows of the paper, keyed like `columns`")
 
 
@@ -193,7 +194,7 @@ def arms(laboratory: Laboratory, name: str, profile: str = "full", protocol: str
             name=arm.name,
             spec=spec,
             seeds=(0,) if protocol == "paper" else tuple(range(min(arm.seeds or size.seeds, size.seeds))),
-            rates=(PAPER_LR,) if protocol == "paper" else arm.rates or _grid(laboratory, spec, size.rates),
+            rates=(PAPER_LR,) if protocol == "paper" or spec.rule else arm.rates or _grid(laboratory, spec, size.rates),
             tune_seeds=size.tune_seeds,
             tune_steps=arm.tune_steps,
         )

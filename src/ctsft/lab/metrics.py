@@ -14,6 +14,7 @@ from ctsft.lab.spec import Spec
 
 UPDATES = re.compile(r"\d+(/k)?")
 AHEAD = re.compile(r"ahead_of_k(\d+)")
+DROP_LOST = "drop_lost"  # see `lost` in compare
 TIMED = ("train_loss", "heldout_loss")  # numbers that have an @N too
 REDUCE: dict[str, Callable[[list[float]], float]] = {
     "first": lambda values: values[0],
@@ -202,6 +203,8 @@ def relative_to(first: str, last: str, words: str, **where: Any) -> Metric:
 
 # Every metric but Spec's own fields and ahead_of_kN: specs, claims, tables and figures take their names from here.
 METRICS: dict[str, Metric] = {
+    "rate": number(lambda record: record.measures.get("rate", record.spec.lr), "peak learning rate"),
+    "diverged": number(lambda record: record.diverged, "share of runs that diverged"),
     "trained": kept("trained", "trained numbers"),
     "counted": kept("counted", "numbers by the paper's count, K \N{N-ARY SUMMATION}(d_out + d_in)"),
     "adapter_bytes": kept("adapter_bytes", "adapter, bytes"),
@@ -253,6 +256,7 @@ METRICS: dict[str, Metric] = {
     "fraction_of_lora_r8": relative_to(
         "first_heldout", "heldout_loss", "held-out loss drop / LoRA r8's", method="lora", k=8, start="zero"
     ),
+    DROP_LOST: Metric("relative", "share of the tuned held-out loss drop that is lost"),
     "gradient_norm": series("norm of the gradient"),
     "cosine": series("cosine of consecutive gradients"),
     "amplitude_rms": series("root mean square of the trained numbers"),

@@ -6,6 +6,7 @@ claim says is above, or below, a bound.
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,6 +64,20 @@ class Evidence:
         if missing:
             raise NotRun("; ".join(missing))
         self.used += found
+        return found
+
+    def every(self, selection: Selection, metric: str) -> list[Reading]:
+        """All arms that a selection fits, whatever their other fields; NotRun where one is not complete."""
+        found = []
+        for one in expanded(self.shared | selection):
+            for pool in self.pools.values():
+                for arm in chosen(pool, one):
+                    if not arm.complete:
+                        raise NotRun(f"{arm.name} [{arm.spec.key}] has {len(arm.records)} of {len(arm.seeds)} seeds")
+                    numbers = zip(arm.seeds, measured(arm, pool, metric), strict=True)
+                    found.append(Reading(arm.spec.key, arm, metric, {s: v for s, v in numbers if v is not None}))
+        if not found:
+            raise NotRun(f"no arm with {' '.join(f'{n}={v}' for n, v in selection.items())}")
         return found
 
     def told(self, one: Selection, name: str) -> bool:
@@ -176,6 +191,12 @@ def less(claim: Claim, evidence: Evidence) -> list[Side]:
 def quantity(claim: Claim, evidence: Evidence) -> list[Side]:
     """near, above and below: the metric of every arm of a, or its difference to (its ratio over) every arm of b."""
     assert claim.number is not None
+    if claim.over:
+        every = evidence.every(claim.a, claim.metric)
+        reduce: Callable[[Sequence[float]], float] = max if claim.over == "max" else statistics.fmean
+        label = f"{'largest' if claim.over == 'max' else 'mean'} {claim.metric} of {len(every)} arms"
+        bound = claim.number + claim.effect * (1 if claim.predicate == "above" else -1)
+        return [Side(label, paired(every, lambda *found: reduce(found)), bound, claim.predicate == "above")]
     combine, word = (divide, "over") if claim.of == "ratio" else (subtract, "minus")
     numbers: list[tuple[str, list[float]]] = []
     if claim.b:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ctsft.adapter.layer import CTLayer
+from ctsft.adapter.rate import BATCHES
 from ctsft.adapter.resize import resize
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
@@ -20,6 +21,7 @@ from ctsft.files import cpu_name, versions
 from ctsft.lab.methods import Equipped, equip
 from ctsft.lab.prefix import Replay, prefix, replay_prefix
 from ctsft.lab.records import Record, finite
+from ctsft.lab.rules import RULES
 from ctsft.lab.schedule import k_at
 from ctsft.lab.siblings import directions, merge_mean
 from ctsft.lab.sources import (
@@ -76,6 +78,11 @@ class Run:
         self.equipped: Equipped = equip(model, spec, calibration, learned)
         self.model: Any = self.equipped.model
         self.first = next(self.feed)
+        self.lr = spec.lr
+        if spec.rule:
+            with autocast(spec):
+                measured_on = [inputs(windows(train, spec, "rate", i)) for i in range(BATCHES)]
+                self.lr = RULES[spec.rule](self.model.eval(), measured_on)
         self.adapter_bytes = self.equipped.adapter_bytes()
         self.replay: Replay | None = None
         if spec.targets.startswith("last2") and spec.batches == "fixed" and len(blocks(self.model)) > 2:
@@ -136,6 +143,7 @@ class Run:
         if not self.tuning:
             self.evaluate(0)
         measures = measured_at_start(self.equipped) | ({"learned": self.cost} if self.cost else {})
+        measures |= {"rate": self.lr} if self.spec.rule else {}
         if self.spec.steps == 0:
             self.train_loss.append(self.fixed_loss())
             self.probes.measure(self.model, 0)
@@ -152,13 +160,13 @@ class Run:
     def train(self) -> None:
         """All updates, or those up to a loss that is not finite; the clock stands still for probes and evaluations."""
         spec, evaluated = self.spec, {*self.spec.evaluate, self.spec.steps}
-        optimizer = torch.optim.Adam(self.equipped.trainable, lr=spec.lr)
+        optimizer = torch.optim.Adam(self.equipped.trainable, lr=self.lr)
         for step in range(spec.steps):
             if spec.schedule and (new := k_at(spec.schedule, step, spec.steps)) != self.k:
                 self.k = new
                 resize(self.model, new, optimizer=optimizer, carry=spec.carry)
             if spec.decay == "linear":
-                optimizer.param_groups[0]["lr"] = spec.lr * (1 - step / spec.steps)
+                optimizer.param_groups[0]["lr"] = self.lr * (1 - step / spec.steps)
             ids = self.first if step == 0 or spec.batches == "fixed" else next(self.feed)
             self.model.train()
             if step == 0:

@@ -22,6 +22,7 @@ Lone = Literal["tinylora", "unilora", "grouped", "moved", "with-norms"]  # see l
 Method = Literal[Forms, Published, Lone]
 Protocol = Literal["honest", "paper"]
 Learning = Literal["joint", "nested", "pairs", "mean", "hosvd"]
+Rule = Literal["", "auto", "weights", "line", "constant", "trl", "peft"]  # see RULES in lab/rules.py
 
 
 class Strict(BaseModel):
@@ -61,6 +62,7 @@ class Spec(Strict):
     steps: Annotated[int, Field(ge=0)] = 40
     decay: Literal["constant", "linear"] = "constant"
     lr: Annotated[float, Field(gt=0)] = PAPER_LR
+    rule: Rule = Field(default="", description="what gives the rate in place of lr; without it the rate is tuned")
     dtype: Literal["float32", "bfloat16"] = "float32"
     evaluate: tuple[int, ...] = Field(default=(), description="steps with a held-out loss, beside the first and last")
     probes: tuple[Probe, ...] = ()
@@ -113,7 +115,7 @@ class Arm(Strict):
 
     @property
     def tunes(self) -> bool:
-        return len(self.rates) > 1 and self.spec.steps > 0
+        return len(self.rates) > 1 and self.spec.steps > 0 and not self.spec.rule
 
     def tuning(self, lr: float) -> list[Spec]:
         steps = self.spec.steps if self.tune_steps is None else min(self.tune_steps, self.spec.steps)

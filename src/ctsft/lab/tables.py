@@ -6,7 +6,7 @@ from typing import Any
 
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
-from ctsft.lab.compare import ArmRuns, chosen, measured, sd
+from ctsft.lab.compare import ArmRuns, chosen, mean, measured, sd
 from ctsft.lab.experiments import Experiment, Table
 from ctsft.lab.metrics import check_metric
 from ctsft.lab.spec import Spec
@@ -34,6 +34,8 @@ def table(experiment: Experiment, table: Table, arms: Sequence[ArmRuns]) -> tupl
                 check_metric(metric)
         except CTError as error:
             raise CTError(f"experiment {experiment.name}, table {table.title!r}, column {head!r}: {error}") from None
+    if table.per:
+        return summary(table, arms)
     keys = [head for head, metric in table.columns.items() if metric == "name" or metric in Spec.model_fields]
     printed = [head for head in table.columns if head not in keys and any(head in figures for figures in table.paper)]
     heads = [name for head in table.columns for name in ([head, f"{head} (paper)"] if head in printed else [head])]
@@ -51,6 +53,24 @@ def table(experiment: Experiment, table: Table, arms: Sequence[ArmRuns]) -> tupl
     if all(isinstance(found, int | float) for place, _ in body for found in place):
         body.sort(key=lambda one: one[0])  # else the paper's lines come last
     return heads, [line for _, line in body]
+
+
+def summary(table: Table, arms: Sequence[ArmRuns]) -> tuple[list[str], list[list[str]]]:
+    """A row for every value of the field `table.per`: of each column the mean over its arms, and the largest; of an arm
+    the mean of its seeds."""
+    rows: dict[Any, list[ArmRuns]] = {}
+    for arm in chosen(arms, table.where):
+        rows.setdefault(getattr(arm.spec, table.per), []).append(arm)
+    heads = [table.per, "arms", *(name for head in table.columns for name in (head, f"{head}, largest"))]
+    body = []
+    for found, alike in rows.items():
+        line = [cell(found)]
+        for metric in table.columns.values():
+            means = [m for m in (mean(measured(arm, arms, metric)) for arm in alike) if m is not None]
+            line += [cell(None)] * 2 if not means else [short(statistics.fmean(means)), short(max(means))]
+        done = sum(arm.complete for arm in alike)
+        body.append([line[0], f"{done:,}", *line[1:]])
+    return heads, body
 
 
 def in_order(arms: Sequence[ArmRuns], fields: Sequence[str]) -> list[ArmRuns]:
