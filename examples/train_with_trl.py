@@ -6,6 +6,7 @@ Rows of the data hold `prompt` and `completion`. Needs `pip install 'ctsft[tune]
 """
 
 import argparse
+from itertools import islice
 
 import torch
 from datasets import load_dataset
@@ -31,8 +32,6 @@ args = SFTConfig(
     output_dir=asked.out,
     max_steps=asked.steps,
     per_device_train_batch_size=8,
-    # The rule behind it: docs/learning-rates.md. TRL's default, 2e-5, is thousands of times too small here.
-    learning_rate=ctsft.learning_rate(model),
     lr_scheduler_type="linear",
     warmup_steps=asked.steps // 20,
     weight_decay=0.0,
@@ -42,6 +41,8 @@ args = SFTConfig(
     bf16=torch.cuda.is_available(),
 )
 trainer = SFTTrainer(model, args, train_dataset=rows["train"], eval_dataset=rows["test"])
+# The rule behind it: docs/learning-rates.md. TRL's default, 2e-5, is thousands of times too small here.
+args.learning_rate = ctsft.learning_rate(model, list(islice(trainer.get_train_dataloader(), 4)))
 before = trainer.evaluate()["eval_loss"]
 trainer.train()  # resume_from_checkpoint=True goes on after a stop
 after = trainer.evaluate()["eval_loss"]

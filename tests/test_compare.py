@@ -4,6 +4,7 @@ import pytest
 
 from ctsft.errors import CTError
 from ctsft.lab.compare import ArmRuns, arm_runs, chosen, mean, measured, relative, sd
+from ctsft.lab.experiments import arms
 from ctsft.lab.metrics import check_metric
 from ctsft.lab.spec import Spec
 from synthetic import laboratory, record, run
@@ -96,6 +97,43 @@ CROSSING = {  # by K: the loss after every update
     4: [9.0, 8.5, 6.5, 5.5, 4.5],  # 8.5, 6.5, 5.5 and 4.5: below K=2 from 8 on
     16: [9.0, 4.9],  # shares the budget 16 alone: below K=2 there, above K=4
 }
+
+
+def by_rule(spec):
+    """Tuned, the drop is 2 (seed 0) and 4; by a rule 1.5 and 5; with K=8 the second seed diverges."""
+    drop = (2.0, 4.0)[spec.seed] if not spec.rule else (1.5, 5.0)[spec.seed]
+    lost = bool(spec.rule) and spec.k == 8 and spec.seed == 1
+    return record(spec, None, [[0, 9.0], [40, None if lost else 9.0 - drop]], diverged=lost)
+
+
+def test_the_share_of_the_tuned_drop_that_a_rule_loses():
+    lab = laboratory({"k": [4, 8], "rule": ["", "auto", "line"], "rates": [0.1, 0.2]}, seeds=2)
+    records = run(lab, by_rule)
+    tuned, rule = ([r for r in records.values() if bool(r.spec.rule) == ruled] for ruled in (False, True))
+    found = [
+        ArmRuns(
+            "arm", Spec(k=k, rule=name), 0.1, True, (0, 1), [r for r in every if (r.spec.k, r.spec.rule) == (k, name)]
+        )
+        for k in (4, 8)
+        for name, every in (("", tuned), ("auto", rule))
+    ]
+    assert [measured(arm, found, "drop_lost") for arm in found] == [
+        [None, None],
+        pytest.approx([0.25, -0.25]),
+        [None, None],
+        pytest.approx([0.25, 1.0]),
+    ]
+    assert measured(found[1], found[1:], "drop_lost") == [None, None]  # nothing that is tuned
+    fixed = ArmRuns(*("arm", found[0].spec, 0.1, False, (0, 1), found[0].records), tuned=False)
+    assert measured(found[1], [fixed, found[1]], "drop_lost") == [None, None]
+    assert measured(found[3], found, "diverged") == [0.0, 1.0]
+
+
+def test_an_arm_with_a_rule_is_not_tuned():
+    lab = laboratory({"k": 4, "rule": ["", "auto"], "rates": [0.1, 0.2, 0.4]})
+    first, second = arms(lab, "x")
+    assert (first.tunes, second.tunes) == (True, False)
+    assert {s.lr for s in second.final(second.rates[0])} == {Spec().lr}
 
 
 def crossing(*given, **changed):

@@ -10,6 +10,7 @@ from ctsft.lab import run as lab
 from ctsft.lab import sources
 from ctsft.lab.metrics import METRICS, value
 from ctsft.lab.records import Records
+from ctsft.lab.rules import RULES
 from ctsft.lab.spec import Spec, replaced
 from ctsft.models.load import load_model, resolve
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
@@ -204,6 +205,17 @@ def test_a_rate_that_blows_up_is_recorded_as_diverged(tmp_path):
     records = Records(tmp_path)
     records.add(record)
     assert value(records[spec(method="full", lr=1e20, batches="fresh").key], "heldout_loss") is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_gives_the_rate(rule):
+    """The run is that of the same rate given as a number, and the record tells it."""
+    made = spec(rule=rule, batches="fresh", decay="linear")
+    found = lab.run(made)
+    rate = value(found, "rate")
+    given = lab.run(replaced(made, rule="", lr=rate))
+    assert found.train_loss == given.train_loss and found.heldout == given.heldout
+    assert found.measures["rate"] == rate and "rate" not in given.measures and value(given, "rate") == rate
 
 
 def test_what_is_not_there_is_named(tmp_path, monkeypatch):

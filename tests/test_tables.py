@@ -44,6 +44,19 @@ def test_a_line_of_the_paper_alone_stands_in_its_place():
     assert first_cells(Arm="name", K="k", Loss="train_loss") == [["arm", "2"], ["arm", "8"], [dash, "4"], [dash, "16"]]
 
 
+def test_a_row_for_every_value_of_a_field():
+    """Of an arm the mean of its seeds, of the arms the mean and the largest; what was not run is not in it."""
+    wanted = Table(title="", columns={"Loss": "train_loss", "Cosine": "cosine"}, per="basis", where={"k": [2, 4]})
+    lab = laboratory({"k": [2, 4, 8]}, {"k": [2, 4], "basis": "random"}, seeds=2, tables=[wanted])
+    records = run(lab, losing({2: 8.0, 4: 7.0, 8: 1.0}))
+    gone = [key for key, r in records.items() if r.spec.basis == "random" and r.spec.k == 2]
+    for key in gone:
+        del records[key]
+    heads, body = table(lab.experiments["x"], wanted, arm_runs(lab, "x", records))
+    assert heads == ["basis", "arms", "Loss", "Loss, largest", "Cosine", "Cosine, largest"]
+    assert [line[:4] for line in body] == [["weight", "2", "7.505", "8.005"], ["random", "1", "7.005", "7.005"]]
+
+
 def test_a_field_that_a_method_does_not_read_is_not_shown():
     arms = [{"k": 4}, {"k": 4, "basis": "random"}, {"method": "lora-xs", "k": 4}, {"method": "lora", "k": 8}]
     lab = laboratory(*arms, {"method": "scores", "k": 4, "basis": "universal"}, seeds=1)

@@ -200,6 +200,21 @@ def test_one_arm_by_two_metrics():
     assert verdict(one, by_k(k2=8, k4=8.5, k8=8, k16=8)).verdict == "refuted"
 
 
+@pytest.mark.parametrize(
+    ("over", "number", "wanted"), [("mean", 7.5, "confirmed"), ("mean", 7.4, "refuted"), ("max", 8.1, "confirmed")]
+)
+def test_all_arms_that_fit_as_one_number(over, number, wanted):
+    """K = 2, 4, 8, 16 end at 8.0, 7.5, 7.2, 7.0: 7.425 on average."""
+    one = claim("below", over=over, number=number, effect=0.0)
+    found = verdict(one, FALLING)
+    assert found.verdict == wanted and "of 4 arms is" in found.detail
+    assert verdict(claim("below", over="max", a={"tied": False}, number=1.0), FALLING).verdict == "not run"
+    lab = laboratory(K)
+    records = run(lab, losing(FALLING))
+    del records[next(iter(records))]
+    assert judge([one], lab, records)[0].verdict == "not run"
+
+
 def test_the_worst_of_several_decides():
     """Below every other: one that is not is enough to refute, and is the one that is told."""
     found = verdict(claim("less", a={"k": 16}, b={"k": [2, 4, 8]}), by_k(k2=8, k4=6.5, k8=8, k16=7))

@@ -71,7 +71,7 @@ class Evidence:
         found = []
         for one in expanded(self.shared | selection):
             for pool in self.pools.values():
-                for arm in chosen(pool, one):
+                for arm in chosen(pool, {n: v for n, v in one.items() if n != "experiment"}):
                     if not arm.complete:
                         raise NotRun(f"{arm.name} [{arm.spec.key}] has {len(arm.records)} of {len(arm.seeds)} seeds")
                     numbers = zip(arm.seeds, measured(arm, pool, metric), strict=True)

@@ -73,7 +73,7 @@ class Recipe(AdapterOptions):
     steps: Count = option("Training", 120, "Optimizer steps.")
     batch_size: Count = option("Training", 8, "Rows a step.")
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = option(
-        "Training", "auto", "Peak of a linear schedule with 5% warm-up; `auto`: from the size of the weights."
+        "Training", "auto", "Peak of a linear schedule with 5% warm-up; `auto`: measured on four batches."
     )
     calibration_rows: Count = option("Training", 32, "Training rows that `gradient` and `activation` are made from.")
     threads: Annotated[int, Field(ge=1, le=1024)] = option("Training", 1, "Threads of torch.")
