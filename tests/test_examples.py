@@ -45,7 +45,7 @@ def test_training_with_trl_learns_and_the_adapter_becomes_a_lora(inside, monkeyp
     assert after < before / 2
     script(monkeypatch, "load_and_export.py", "runs/trl/adapter", "--prompt", "red green blue?", "--out", "my-lora")
     said = capsys.readouterr().out
-    assert "tuned: aaaa" in said.replace("  ", " ")
+    assert re.search(r"tuned: .*aaaa", said)
     assert float(re.search(r"adapter and LoRA: (\S+)", said).group(1)) < 1e-4
 
 
