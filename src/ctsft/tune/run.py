@@ -20,7 +20,6 @@ from transformers.utils import logging as transformers_logging
 
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
-from ctsft.adapter.rate import BATCHES, learning_rate
 from ctsft.adapter.store import adapted, save_adapter
 from ctsft.data.rows import Corpus, load_corpus
 from ctsft.data.tokens import Cut, fits, format_rows
@@ -58,7 +57,7 @@ from ctsft.tune.record import (
     Worse,
 )
 from ctsft.tune.report import write_report
-from ctsft.tune.trainer import BEST, CTTrainer, State, extra_memory, fit, read_best, restore, state_of
+from ctsft.tune.trainer import BEST, CTTrainer, State, extra_memory, fit, measured_rate, read_best, restore, state_of
 
 SHORT = 192  # tokens of a row up to which a CPU attends faster in bfloat16 by plain products than by torch's own way
 
@@ -252,7 +251,10 @@ def trained(parts: Parts, out: Path, resumed: bool) -> RunRecord:
     recipe, model, console, folder = parts.recipe, parts.model, parts.console, out / "checkpoints"
     before = measured_before(parts, out)
     console.print(score_line("before", before), soft_wrap=True)
-    lr = measured_rate(parts) if recipe.lr == "auto" else recipe.lr
+    lr = recipe.lr
+    if lr == "auto":
+        with waiting(console, "measuring a learning rate"):
+            lr = measured_rate(model, parts.train, recipe.batch_size, parts.loaded.tokenizer.pad_token_id)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = trainable / parts.parameters
     console.print(f"training {trainable:,} numbers of {parts.parameters:,} ({share:.4%}), lr {lr:g}", soft_wrap=True)
@@ -286,17 +288,6 @@ def trained(parts: Parts, out: Path, resumed: bool) -> RunRecord:
     for name in ("before.json", "sources.json"):
         (out / name).unlink()
     return run
-
-
-def measured_rate(parts: Parts) -> float:
-    """The rate by the rule, measured on the first rows, in batches as large as those of a step if there are so many."""
-    size, model = parts.recipe.batch_size, parts.model
-    rows: list[Tokens] = list(parts.train.select(range(min(BATCHES * size, len(parts.train)))))
-    groups = [rows[i::BATCHES] for i in range(min(BATCHES, len(rows)))]
-    batches = [collate(group, parts.loaded.tokenizer.pad_token_id) for group in groups]
-    with waiting(parts.console, "measuring a learning rate"):
-        on_device = [{k: v.to(model.device) for k, v in b.items()} for b in batches]
-        return learning_rate(model, on_device if len(on_device) > 1 else on_device * 2)
 
 
 def points(trainer: CTTrainer) -> list[Point]:

@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.loss import summed_loss
+from ctsft.adapter.rate import BATCHES, learning_rate
 from ctsft.adapter.store import adapted
 from ctsft.compat import count_tokens, plain_head
 from ctsft.errors import CTError
@@ -324,6 +325,14 @@ def sft_config(recipe: Recipe, folder: Path, lr: float) -> SFTConfig:
         remove_unused_columns=False,
         max_length=None,
     )
+
+
+def measured_rate(model: PeftModel, rows: datasets.Dataset, size: int, pad: int) -> float:
+    """The rate by the rule, measured on the first `rows`, in batches of `size` if there are so many."""
+    first: list[Tokens] = list(rows.select(range(min(BATCHES * size, len(rows)))))
+    groups = [first[i::BATCHES] for i in range(min(BATCHES, len(first)))]
+    batches = [{k: v.to(model.device) for k, v in collate(group, pad).items()} for group in groups]
+    return learning_rate(model, batches if len(batches) > 1 else batches * 2)
 
 
 def fit(
