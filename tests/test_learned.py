@@ -1,10 +1,14 @@
 """basis="learned": directions learned from siblings, shared by many adapters, and a start at the siblings' mean."""
 
+from collections import Counter
+
 import pytest
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from ctsft import CTConfig, CTError, export_adapter, hotswap, resize, save_adapter
+from ctsft import CTConfig, CTError, export_adapter, hotswap, learn_basis, resize, save_adapter
+from ctsft.adapter.learned import Learned
+from fuzz import changed, outcome
 from helpers import (
     SHAPES,
     adapt,
@@ -12,6 +16,7 @@ from helpers import (
     assert_same_bits,
     coefficients,
     dense,
+    ids,
     logits,
     owners,
     randomise,
@@ -208,3 +213,17 @@ def test_what_does_not_fit_is_refused(change, message, path):
 def test_options_that_make_no_sense(options, message):
     with pytest.raises(CTError, match=message):
         get_peft_model(tiny(), CTConfig(**options))
+
+
+def test_a_changed_file_is_the_same_or_one_sentence(path):
+    """Seeded changes to the file: it is read as far as it can be, or refused, and nothing else happens."""
+    learn_basis(tiny(), {"a": [{"input_ids": ids(1)}], "b": [{"input_ids": ids(1)}]}, k=4, steps=1).save(path.parent)
+    data, counts = path.read_bytes(), Counter()
+    length = 8 + int.from_bytes(data[:8], "little")
+    for seed in range(40):
+        header = changed(data[8:length], seed)
+        whole = len(header).to_bytes(8, "little") + header + data[length:]
+        path.write_bytes(whole if seed % 2 else changed(data, seed))
+        for look in (lambda: Learned.read(path).agreement(), lambda: learned(path)):
+            counts[isinstance(outcome(look, 20), CTError)] += 1
+    assert counts[True] > 20 and counts[False] > 5

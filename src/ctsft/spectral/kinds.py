@@ -190,7 +190,8 @@ def directions(file: Any, key: str, shape: tuple[int, int], check: Callable[[str
     there, along = tuple(file.get_slice(key).get_shape()), 1 if key.endswith(".u") else 0
     if len(there) != 2 or there[1 - along] != shape[1 - along] or there[along] < shape[along]:
         raise CTError(
-            f"{key} in basis_file is {there}; this model and k={shape[along]} need {shape}, or more directions."
+            f"{key} in basis_file is {there}; this model and k={shape[along]} need {shape}, or more directions; lower "
+            "k or give another file."
         )
     found: Tensor = file.get_slice(key)[: shape[0], : shape[1]]
     if not found.is_floating_point() or not torch.isfinite(found).all():
