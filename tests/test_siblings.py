@@ -10,7 +10,7 @@ from ctsft.lab import siblings, sources
 from ctsft.lab.methods import equip
 from ctsft.lab.siblings import LEARNINGS, deciding, directions, hosvd, merge_mean, of_mean, pairs
 from ctsft.lab.spec import Spec, replaced
-from ctsft.models.load import load_tokenizer
+from ctsft.models.load import load_model
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
 from ctsft.spectral.weights import clean_name, matrix
 
@@ -22,7 +22,7 @@ def small(tmp_path_factory):
     torch.manual_seed(0)
     model = PhotonicGPTForCausalLM(PhotonicGPTConfig(n_embd=16, n_layer=2, n_head=2, eos_token_id=0, pad_token_id=0))
     model.save_pretrained(folder / "small")
-    load_tokenizer("photonic").save_pretrained(folder / "small")
+    load_model("photonic").tokenizer.save_pretrained(folder / "small")
     (folder / "texts").mkdir()
     for name, power in (("squares", 2), ("cubes", 3), ("fourth", 4)):
         lines = (f"the {name} of {i} is {i**power}" for i in range(2000))

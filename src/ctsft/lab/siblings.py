@@ -175,7 +175,7 @@ def from_loras(find: Callable[[list[Tensor], int], Found]) -> Callable[[Spec], L
             u[name], vh[name], amplitudes[name] = (part.float() for part in found)
         seen = what.learned_steps * (what.length - 1)  # tokens that something predicts, as joint training counts them
         facts = Facts(
-            siblings=[Sibling(name, seen) for name in what.siblings],
+            siblings=[Sibling(name, tokens=seen) for name in what.siblings],
             base=fingerprint((n, matrix(m)) for n, m in targets(model, what).items()),
             model=what.model,
             k=what.learned_k,
