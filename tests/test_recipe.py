@@ -15,7 +15,7 @@ def test_defaults_are_a_recipe_and_survive_json():
         "sql",
         64,
         "diagonal",
-        "weight",
+        "random",
     )
     assert make_recipe(json.loads(json.dumps(recipe.values()))) == recipe
 
@@ -67,8 +67,8 @@ def test_a_recipe_does_not_change():
 
 
 def test_title():
-    assert Recipe().title == "diagonal K=64, weight basis"
-    assert Recipe(k={".*": 3}, form="core", basis="random").title == "core K=mixed, random basis"
+    assert Recipe().title == "diagonal K=64, random basis"
+    assert Recipe(k={".*": 3}, form="core", basis="weight").title == "core K=mixed, weight basis"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"k"', "null", '{"k": 0}', '{"later": 1}'])
@@ -85,6 +85,7 @@ def test_the_options_of_an_adapter_are_those_of_its_config():
         assert ours[field.name].metadata["description"], field.name
         if field.name not in (
             "target_modules",
+            "basis",
             "basis_dtype",
             "save_dtype",
             "seed",

@@ -125,12 +125,12 @@ def test_neither_does_one_of_another_base_nor_into_merged_weights(tmp_path):
 def test_a_stored_basis_of_another_base_stays_with_the_numbers(tmp_path):
     save(tmp_path / "a", store_basis=True)
     model = adapt(base(seed=9))
-    with pytest.warns(UserWarning, match="its stored dW is applied as it is"):
+    with pytest.warns(UserWarning, match="its dW is applied as it is"):
         model.load_adapter(str(tmp_path / "a"), "default")
     wanted = logits(model)
     model.peft_config["default"].store_basis = False
     save_adapter(model, tmp_path / "b")
-    with pytest.warns(UserWarning, match="its stored dW is applied as it is"):
+    with pytest.warns(UserWarning, match="its dW is applied as it is"):
         assert_same_bits(logits(PeftModel.from_pretrained(base(seed=9), tmp_path / "b").eval()), wanted)
 
 

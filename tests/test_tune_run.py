@@ -97,7 +97,7 @@ def test_record_has_just_these_fields(unbroken, model):
         *("format", "name", "created", "recipe", "versions", "machine", "model", "data", "fingerprint", "costs"),
         *("before", "after", "curve", "spectra", "samples", "steps", "resumed"),
     ]
-    assert run["name"] == "llama on rows.jsonl, diagonal K=4, weight basis"
+    assert run["name"] == "llama on rows.jsonl, diagonal K=4, random basis"
     assert run["format"] == 1 and run["steps"] == STEPS and run["resumed"] is False
     assert run["versions"] == versions()
     assert set(run["machine"]) == {"platform", "cpu", "threads", "device"}
@@ -428,7 +428,7 @@ def test_it_is_the_same_after_a_stop(step, recipe, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("plain_report")
 def test_where_nothing_was_better_than_the_start_the_adapter_changes_nothing(recipe, tmp_path):
-    run = quiet(recipe(steps=4, lr=300.0), tmp_path / "run")
+    run = quiet(recipe(steps=4, lr=3000.0), tmp_path / "run")
     assert run["worse"]["kept_step"] == 0 and run["worse"]["end"]["heldout_loss"] > run["before"]["heldout_loss"] + 0.5
     assert run["after"] == run["before"]
     assert not numbers(tmp_path / "run")["ctsft.coefficients"].any()

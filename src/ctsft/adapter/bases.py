@@ -30,7 +30,7 @@ class Prepared:
     k: dict[str, int]
     bases: dict[str, Basis | None]  # None: to be read from the adapter's file
     owners: dict[str, str]  # second uses of a tied weight -> the use that owns the adapter
-    fingerprint: str  # of the base weights that the bases were made from
+    fingerprint: str  # of the base weights that the adapter was made on
 
 
 def prepare(model: nn.Module, config: CTConfig) -> Prepared:
@@ -52,7 +52,7 @@ def prepare(model: nn.Module, config: CTConfig) -> Prepared:
         check_k(config, name, w, ks[name])
     if config.fingerprint is not None and config.stored_basis:
         return Prepared(ks, dict.fromkeys(targets), owners, config.fingerprint)
-    return Prepared(ks, make_bases(model, config, weights, ks, now), owners, now)
+    return Prepared(ks, make_bases(model, config, weights, ks, now), owners, config.fingerprint or now)
 
 
 def check_k(config: CTConfig, name: str, w: Tensor, k: int) -> None:

@@ -10,6 +10,7 @@ from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.store import base_fingerprint, layers_of
 from ctsft.compat import uncompiled
 from ctsft.errors import CTError
+from ctsft.spectral.kinds import kind_of
 from ctsft.spectral.weights import checked, clean_name
 
 
@@ -40,7 +41,7 @@ def resize(
     new.calibrated = old.calibrated or {names[id(m)]: m.ready(adapter_name) for m in layers.values()}
     weights = {names[id(m)]: checked(n, m.get_base_layer()) for n, m in layers.items()}
     now = base_fingerprint(bare, new, {names[id(m)]: m for m in layers.values()})
-    if first.ctsft_fingerprint[adapter_name] != now:
+    if kind_of(new.basis).of_weights and first.ctsft_fingerprint[adapter_name] != now:
         raise CTError("the base weights are not those that the basis was made from, so K cannot be changed.")
     ks = {n: new.k_for(n) for n in weights}
     for name, w in weights.items():

@@ -84,7 +84,7 @@ def pack(model: nn.Module, config: CTConfig, adapter_name: str, state_dict: dict
     made_from = next(m.ctsft_fingerprint[adapter_name] for _, m in layers.values())
     now = made_from if sharded(model) else base_fingerprint(model, config, {n: m for n, (_, m) in layers.items()})
     kind = kind_of(config.basis)
-    stored = config.store_basis or kind.stored or now != made_from
+    stored = config.store_basis or kind.stored or (kind.of_weights and now != made_from)
     shared = kind.shared and not FORMS[config.form].both  # one tensor serves all matrices
     parts, sums = [], []
     tensors: dict[str, Tensor] = {}
@@ -124,18 +124,18 @@ def whole_modules(model: nn.Module, adapter_name: str) -> dict[str, str]:
 
 
 def check_same_base(config: CTConfig, now: str) -> None:
-    """Refuse an adapter from disk on other base weights, unless its basis was stored; then warn."""
+    """Refuse an adapter from disk on other base weights if its directions would be others there; else warn."""
     if not config.from_disk or config.fingerprint == now:
         return
-    if not config.stored_basis:
+    if not config.stored_basis and kind_of(config.basis).of_weights:
         raise CTError(
             f"the adapter was trained on base weights {config.fingerprint} and these are {now}: without a stored basis "
             "it belongs to the former, and to no other (say, quantised or rounded) weights; load the original base, or "
             "use an adapter saved with store_basis=True, or its LoRA export."
         )
     warnings.warn(
-        f"the adapter was trained on base weights {config.fingerprint} and these are {now}; its stored dW is applied "
-        "as it is.",
+        f"the adapter was trained on base weights {config.fingerprint} and these are {now}; its dW is applied as "
+        "it is.",
         UserWarning,
         stacklevel=2,
     )

@@ -61,6 +61,7 @@ class Kind:
     sides: those that its makers give (see MOST). A form that needs the other side too gets it as the images under W.
     maker: (bare model, options, every K, both sides needed) -> Make; what all matrices share is prepared in this call.
     stored: whether an adapter's file must hold the directions, since nothing else brings them back.
+    of_weights: whether they are made of the base weights, so that from other weights they would be others.
     shared: whether one set of directions, made of all matrices together, serves all of them.
     decided_by: (options, both sides needed) -> all that decides the directions beside base weights, K and the kind.
     nested: (options, shape, K, more) -> whether the first K of more directions have the bits of K made alone.
@@ -71,6 +72,7 @@ class Kind:
     maker: Callable[[nn.Module, AdapterOptions, Collection[int], bool], Make] | None = None
     calibration: Calibration | None = None
     stored: bool = False
+    of_weights: bool = False
     shared: bool = False
     decided_by: Callable[[AdapterOptions, bool], tuple[object, ...]] = lambda *_: ()
     nested: Callable[[AdapterOptions, torch.Size, int, int], bool] = lambda *_: False
@@ -244,13 +246,18 @@ KINDS = {
     "weight": Kind(
         sides="pairs",
         maker=from_weight,
+        of_weights=True,
         decided_by=lambda o, both: (o.weight_from, o.seed if o.weight_from == "random" else None),
         nested=same_iteration,
         work=lambda o, shape, k: seconds(shape, k, o.weight_from == "top"),
     ),
     "random": Kind(sides="each", maker=from_seed, decided_by=lambda o, both: (o.seed,)),
     "universal": Kind(
-        sides="either", maker=from_stream, shared=True, decided_by=lambda o, both: (both, o.universal_mode)
+        sides="either",
+        maker=from_stream,
+        of_weights=True,
+        shared=True,
+        decided_by=lambda o, both: (both, o.universal_mode),
     ),
     "gradient": Kind(sides="pairs", calibration=Calibration(mean_gradients, gradient_basis), stored=True),
     "activation": Kind(sides="input", calibration=Calibration(input_grams, input_basis), stored=True),

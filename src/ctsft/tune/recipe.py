@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
 
-from ctsft.choices import AdapterOptions, BasisDtype, ModelDtype, SaveDtype, about
+from ctsft.choices import AdapterOptions, BasisDtype, BasisKind, ModelDtype, SaveDtype, about
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_json
 
@@ -32,6 +32,7 @@ class Recipe(AdapterOptions):
     """What `ctsft tune` does. Unknown fields are refused; a finished run carries its recipe in run.json."""
 
     k: Count | Annotated[dict[str, Count], Field(min_length=1)] = as_chosen("k")
+    basis: BasisKind = as_chosen("basis", "random")  # as good as W's own, and made in no time
     target_modules: list[str] | None = dataclasses.field(
         default=None,
         metadata=about("Name of modules to adapt, repeatable; without it, every linear layer but the head."),
