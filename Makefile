@@ -1,14 +1,14 @@
 # Everything runs in .venv, which `make setup` makes; only Python 3.11 or newer with pip and venv, and make, must be there.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench docs dist lint format clean
+.PHONY: help setup demo demo-fleet test bench docs dist lint format clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make .venv and install ctsft with its tools, again only after pyproject.toml or constraints.txt changed
 
@@ -21,6 +21,10 @@ $(STAMP): pyproject.toml packages/ctsft-photonic/pyproject.toml constraints.txt
 demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
 demo: setup ## fine-tune SmolLM2-135M on questions about databases; the result is in runs/demo
 	$(BIN)/ctsft tune --model smollm2-135m --data sql --out runs/demo --overwrite
+
+demo-fleet: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
+demo-fleet: setup ## learn directions from some databases, then serve one never seen in a minute; the result is in runs/fleet
+	$(BIN)/python examples/fleet.py --out runs/fleet
 
 test: export OMP_NUM_THREADS ?= 1
 test: lint ## lint, then all tests

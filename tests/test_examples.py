@@ -67,6 +67,28 @@ def test_own_data(inside, monkeypatch, capfd):
     assert (inside / "runs" / "own" / "lora" / "adapter_model.safetensors").exists()
 
 
+def test_a_fleet(inside, monkeypatch, capsys):
+    """All of the demo on a tiny model: what is learned once is used again, and every way gets its own line."""
+    tiny.save_model(inside / "wide", context=512, hidden_size=64, intermediate_size=96)
+    asked = ["--model", "wide", "--siblings", "zoo", "law", "--unseen", "space", "--k", "4", "--steps", "4"]
+    asked += ["--rows", "4", "--seconds", "0.3", "--questions", "3", "--out", "runs/fleet"]
+    script(monkeypatch, "fleet.py", *asked)
+    said = capsys.readouterr().out
+    record = json.loads((inside / "runs" / "fleet" / "fleet.json").read_text())
+    base, mean, ours, lora = record["results"].values()
+    assert base["numbers"] == mean["numbers"] == 0 and ours["numbers"] == 14 * 4 and lora["numbers"] > 9_000
+    assert ours["steps"] > 0 < lora["steps"] and ours["loss"] < mean["loss"] < base["loss"]
+    adapter = (inside / "runs" / "fleet" / "space" / "adapter_model.safetensors").stat().st_size
+    assert adapter < ours["bytes"] < 3_000 < lora["bytes"]
+    assert "4 amplitudes a matrix" in said and "0 of 3" in said
+    before = (inside / "runs" / "fleet" / "directions" / "basis.safetensors").read_bytes()
+    script(monkeypatch, "fleet.py", *asked, "--steps", "1")
+    assert (inside / "runs" / "fleet" / "directions" / "basis.safetensors").read_bytes() == before
+    with pytest.raises(SystemExit):
+        script(monkeypatch, "fleet.py", *asked, "--unseen", "zoo")
+    assert "zoo is among the databases" in capsys.readouterr().err
+
+
 def test_the_tour_says_what_it_shows(inside, capsys):
     """The cells in their order; what they print is what the notebook has stored, but for digits."""
     names = {"__name__": "__main__"}
