@@ -40,7 +40,7 @@ parser.add_argument("--steps", type=int, default=60, help="steps of learning, ea
 parser.add_argument("--rows", type=int, default=8, help="rows of a batch")
 parser.add_argument("--seconds", type=float, default=60, help="of training, for either way")
 parser.add_argument("--questions", type=int, default=100, help="that are asked about the unseen database")
-parser.add_argument("--lr", type=float, default=0.02)
+parser.add_argument("--lr", type=float, default=0.06)
 parser.add_argument("--lora-lr", type=float, default=3e-3)
 parser.add_argument("--out", type=Path, default=Path("runs/fleet"))
 parser.add_argument("--seed", type=int, default=0)
