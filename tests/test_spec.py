@@ -29,6 +29,7 @@ CHANGES = {
     "learned_steps": 320,
     "start": "mean",
     "strength": 2.0,
+    "rule": "auto",
     "shuffled": True,
     "allocation": "effective_rank",
     "targets": "blocks",
