@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from ctsft.data.tokens import format_rows, prompt_ids
 from ctsft.models.load import load_model
 from ctsft.tune.measure import collate, generate, heldout_loss
 
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 SIBLINGS = "library school clinic farm restaurant cinema music shop hotel sports company bank garage gym bakery garden"
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
