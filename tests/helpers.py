@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ctsft import CTConfig, calibrate
+from ctsft import CTConfig, calibrate, export_adapter
 from ctsft.adapter.layer import CTLayer
 from ctsft.files import home
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
@@ -211,3 +211,12 @@ def slow_loss(model, rows):
             if row["labels"][i] != -100:
                 total, count = total - math.log(p[i - 1, row["labels"][i]]), count + 1
     return total, count
+
+
+def assert_exports_do_the_same(model, folder):
+    """The plain LoRA and the merged model that are written from the adapted tiny `model` give its logits."""
+    adapted = logits(model)
+    export_adapter(model, folder / "lora", "lora")
+    assert_close(logits(PeftModel.from_pretrained(tiny(), folder / "lora").eval()), adapted, 1e-5)
+    export_adapter(model, folder / "merged", "merged")
+    assert_close(logits(type(tiny()).from_pretrained(folder / "merged").eval()), adapted, 1e-5)

@@ -9,13 +9,14 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ctsft import CTConfig, CTError, export_adapter, resize, save_adapter
+from ctsft import CTConfig, CTError, resize, save_adapter
 from ctsft.adapter.seal import hash_settings
 from helpers import (
     FORMS,
     SHAPES,
     adapt,
     assert_close,
+    assert_exports_do_the_same,
     assert_same_bits,
     directions,
     logits,
@@ -83,11 +84,7 @@ def test_the_file_is_shared_and_the_adapter_holds_its_checksum_only(form, path, 
 @pytest.mark.parametrize("form", FORMS)
 def test_it_is_exported_and_merged_like_any_other(form, path, tmp_path):
     model = randomise(on_file(path, form=form), scale=0.1)
-    adapted = logits(model)
-    export_adapter(model, tmp_path / "lora", "lora")
-    assert_close(logits(PeftModel.from_pretrained(tiny(), tmp_path / "lora").eval()), adapted, 1e-5)
-    export_adapter(model, tmp_path / "merged", "merged")
-    assert_close(logits(type(tiny()).from_pretrained(tmp_path / "merged").eval()), adapted, 1e-5)
+    assert_exports_do_the_same(model, tmp_path)
 
 
 def test_no_other_adapter_has_fields_of_a_file(tmp_path):
