@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ctsft.adapter.bases import check_k
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learned import FACTS, Facts, Learned, Sibling
-from ctsft.adapter.loss import logits_at, shared, summed_loss
+from ctsft.adapter.loss import logits_at, predicted, shared, summed_loss
 from ctsft.adapter.seal import hash_tensors
 from ctsft.adapter.store import base_fingerprint
 from ctsft.adapter.targets import find_targets
@@ -116,7 +116,7 @@ class Joint:
             together, rows = joined(parts)
             self.rows, self.tokens = rows.to(device), together["input_ids"].shape
             inputs = {n: t for n, t in together.items() if n != "labels"} | {"use_cache": False}
-            targets = F.pad(together["labels"][:, 1:], (0, 1), value=-100)  # (b, t), each where it is predicted
+            targets = predicted(together["labels"])
             chosen, head = targets != -100, self.model.get_output_embeddings()
             adapted = any(self.modules[use] is head for use in self.uses)  # then it has to see whole rows
             logits = self.model(**inputs).logits[chosen] if adapted else logits_at(self.model, inputs, chosen)

@@ -26,7 +26,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     attention_mask, if any, is 1 for tokens and 0 for padding. Nothing predicts a row's first token.
     """
     inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)  # (b, t), each where it is predicted
+    targets = predicted(batch["labels"])
     if p := shared(model, batch):
         inputs, targets = after_shared(model, inputs, p) | {"use_cache": True}, targets[:, p:]
     else:
@@ -34,6 +34,11 @@ def summed_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     chosen = targets != -100
     logits = logits_at(model, inputs, chosen)
     return F.cross_entropy(logits.float(), targets[chosen], reduction="sum"), chosen.sum()
+
+
+def predicted(labels: Tensor) -> Tensor:
+    """`labels` (b, t), each at the position that predicts it; -100 at the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def logits_at(model: nn.Module, inputs: dict[str, Any], chosen: Tensor) -> Tensor:
