@@ -15,8 +15,8 @@ from ctsft.choices import LEARNED
 from ctsft.errors import CTError
 from ctsft.files import replacing
 from ctsft.spectral.basis import generator
-
-FACTS = "ctsft"  # in a file's metadata: how it was learned, as JSON
+from ctsft.spectral.kinds import FACTS, SEAL, check_seal, seal
+from ctsft.spectral.weights import fingerprint
 
 
 @dataclass
@@ -78,26 +78,30 @@ class Learned:
         return found
 
     def save(self, folder: str | Path) -> Path:
-        """Write `folder`/basis.safetensors, whole or not at all; returns its path."""
+        """Write `folder`/basis.safetensors, sealed, whole or not at all; returns its path."""
         path = Path(folder) / LEARNED
         parts = {"u": self.u, "vh": self.vh, "siblings": self.siblings}
         tensors = {f"{name}.{part}": t.contiguous() for part, found in parts.items() for name, t in found.items()}
+        facts = json.dumps(asdict(self.facts), allow_nan=False)
         with replacing(path) as scratch:
-            save_file(tensors, scratch, {FACTS: json.dumps(asdict(self.facts), allow_nan=False)})
+            save_file(tensors, scratch, {FACTS: facts, SEAL: seal(facts, fingerprint(tensors.items()))})
         return path
 
     @classmethod
     def read(cls, path: str | Path) -> "Learned":
-        """What `save` wrote to the folder (or file) `path`; CTError where there is no such thing."""
+        """What `save` wrote to the folder (or file) `path`; CTError where there is no such thing, or it is damaged."""
         path = Path(path).expanduser()
         path = path / LEARNED if path.is_dir() else path
         found: dict[str, dict[str, Tensor]] = {"u": {}, "vh": {}, "siblings": {}}
         try:
             with safe_open(path, "pt") as file:
-                facts = TypeAdapter(Facts).validate_json((file.metadata() or {})[FACTS])
-                for key in file.keys():  # noqa: SIM118  (it is no mapping)
-                    name, _, part = key.rpartition(".")
-                    found[part][name] = file.get_tensor(key)
+                notes = file.metadata() or {}
+                facts = TypeAdapter(Facts).validate_json(notes[FACTS])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no mapping)
+            check_seal(path, notes, fingerprint(tensors.items()))
+            for key, tensor in tensors.items():
+                name, _, part = key.rpartition(".")
+                found[part][name] = tensor
         except (OSError, SafetensorError, ValidationError, KeyError) as error:
             raise CTError(
                 f"{path} holds no learned directions ({type(error).__name__}); ctsft basis learn makes them."

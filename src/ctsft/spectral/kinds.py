@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from ctsft.spectral.weights import (
 
 Make = Callable[[str, Tensor, int], Basis]  # (module name, W (d_out, d_in), K) -> its directions
 
+FACTS, SEAL = "ctsft", "seal"  # in the metadata of a learned file: how it was learned, as JSON; see `seal`
 OFF = 0.01  # how far products and lengths of a file's directions may be off: bfloat16 rounds them by less
 
 # The most directions of a matrix (d_out, d_in) by the sides that a kind has, for a form that needs one side only. Where
@@ -149,9 +151,22 @@ def basis_file(config: Any) -> Iterator[Any]:
 
 
 def content(config: Any) -> str:
-    """The checksum of all that lies in the basis_file of `config`: names, shapes and values."""
+    """The checksum of all that lies in the basis_file of `config`: names, shapes and values. CTError for damage."""
     with basis_file(config) as file:
-        return fingerprint((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  (it is no mapping)
+        found = fingerprint((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  (it is no mapping)
+        check_seal(config.basis_file, file.metadata() or {}, found)
+    return found
+
+
+def seal(facts: str, values: str) -> str:
+    """A 128-bit hash (xxh3) of a learned file's facts and of the fingerprint of its tensors; it lies in the file."""
+    return f"xxh3-{xxhash.xxh3_128_hexdigest(f'{facts} {values}'.encode())}"
+
+
+def check_seal(path: object, notes: Mapping[str, str], values: str) -> None:
+    """CTError where the file `path` has a seal in its metadata `notes` that is of other facts or numbers."""
+    if notes.get(SEAL) not in (None, seal(notes.get(FACTS, ""), values)):
+        raise CTError(f"{path} is not as it was learned; it is damaged or was edited, take the file anew.")
 
 
 def checksum_of(config: Any) -> str:
