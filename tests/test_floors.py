@@ -18,7 +18,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     "spectral": ["decompose", "weights", "basis", "collect", "kinds", "universal", "cache"],
     "adapter": [
         *("seal", "config", "forms", "fused", "layer", "store", "read", "swap", "bare", "targets"),
-        *("bases", "arithmetic", "model", "resize", "calibrate", "export", "loss", "rate", "learned", "learn"),
+        *("bases", "arithmetic", "model", "resize", "calibrate", "export", "loss", "rate", "learned", "learn", "peers"),
     ],
     "quantities": ["gradients", "look", "ablation"],
     "probe": [],

@@ -13,24 +13,20 @@ is tuned for every arm, and a scale would only move it. What trains, per adapted
 """
 
 import re
-import tempfile
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
+from peft import IA3Config
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-import ctsft.adapter.model  # noqa: F401  (registers the method with peft)
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
+from ctsft.adapter.peers import PEERS, Base, Trained, common, peer_config, train_only, vectors, wrap
 from ctsft.adapter.store import adapted
 from ctsft.adapter.targets import find_targets
 from ctsft.choices import FORMS
@@ -50,29 +46,16 @@ Batches = Iterable[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Equipped:
+class Equipped(Trained):
     """A model with what `spec` trains, and nothing else, set to train.
 
     names, shapes: adapted matrices and their (d_out, d_in), in the model's order, a tied one once; none for `norms`.
     Methods that know no embedding leave it out.
     """
 
-    model: nn.Module
     spec: Spec
     names: list[str]
     shapes: list[tuple[int, int]]
-    base: frozenset[nn.Parameter] = field(repr=False)  # the parameters of the bare model
-    base_buffer_bytes: int = field(repr=False)
-
-    @property
-    def trainable(self) -> list[nn.Parameter]:
-        """All that trains, a shared parameter once."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    @property
-    def trained(self) -> int:
-        """How many numbers train, as the model stands."""
-        return sum(p.numel() for p in self.trainable)
 
     @property
     def ks(self) -> list[int]:
@@ -91,44 +74,6 @@ class Equipped:
         if k is not None:
             return counted_parameters(k, self.shapes)
         return sum(counted_parameters(k, [shape]) for k, shape in zip(self.ks, self.shapes, strict=True))
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes in memory beside the bare model and for what trains: frozen bases and trained numbers.
-
-        Shared storage counts once. Gradients and the optimizer's state are not in it.
-        """
-        tensors: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad or p not in self.base]
-        for _, layer in adapted(self.model, "default"):
-            tensors += layer.ready("default").tensors().values()
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
-        return sum(storages.values()) + buffer_bytes(self.model) - self.base_buffer_bytes
-
-    def adapter_bytes(self) -> int:
-        """Bytes of the safetensors file that holds the adapter, or what trained of the bare model; really written.
-
-        peft writes the frozen random factor of `lora-fa` too; `vera` stores its seed for both of its own. A diverged
-        adapter weighs as much as any: zeros stand in for numbers that are not finite.
-        """
-        broken = {p: p.data for p in self.trainable if not p.isfinite().all()}
-        try:
-            for p in broken:
-                p.data = torch.zeros_like(p)
-            with tempfile.TemporaryDirectory() as folder:
-                if hasattr(self.model, "peft_config"):
-                    save: Callable[..., None] = self.model.save_pretrained  # type: ignore[assignment]
-                    save(folder, save_embedding_layers=False)
-                else:
-                    changed = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-                    save_file(changed, Path(folder) / "changed.safetensors")
-                return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        finally:
-            for p, data in broken.items():
-                p.data = data
-
-
-def buffer_bytes(model: nn.Module) -> int:
-    return sum(b.nbytes for b in model.buffers())
 
 
 # ------------------------------------------------------------------------------------------------------------ targets
@@ -191,33 +136,26 @@ def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None =
     if spec.method in (*FORMS, *LORAS, *LONE, "vera") and spec.k < 1:
         raise CTError(f"{spec.method} needs k of at least 1 and has k={spec.k}.")
     batches = list(batches)
-    base, buffers = frozenset(model.parameters()), buffer_bytes(model)
+    base = Base.of(model)
     if spec.targets == "last2+head" and spec.method != "norms":
         untie_head(model)
     modules = targets(model, spec)
     names, shapes = list(modules), shapes_of(modules)
     if spec.method in ("full", "norms"):
-        model.requires_grad_(False)
-        for p in model.parameters():
-            p.requires_grad_(spec.method == "norms" and p.ndim == 1)
-        for module in modules.values():
-            module.weight.requires_grad_(True)  # type: ignore[operator,union-attr]
-        return Equipped(model, spec, names, shapes, base, buffers)
+        whole: Any = vectors(model) if spec.method == "norms" else [m.weight for m in modules.values()]
+        train_only(model, whole)
+        return Equipped(model, base, spec, names, shapes)
 
     if spec.method in LONE:
         attach(model, modules, spec.method, spec.k, spec.basis, spec.seed)
-        return Equipped(model, spec, names, shapes, base, buffers)
+        return Equipped(model, base, spec, names, shapes)
     if spec.method in FORMS:
         config: Any = spectral_config(model, spec, modules, batches, learned)
     elif spec.method == "lora-xs":
         config = CTConfig(k=spec.k, form="core", target_modules=names, task_type="CAUSAL_LM")
     else:
         config = peft_config(model, spec, modules)
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        torch.manual_seed(spec.seed)
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # see share_with_head
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sets it right for each module
-        wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    wrapped = wrap(model, config, spec.seed)
     if spec.method == "lora-xs":
         fold_singular_values(wrapped)
     if spec.method in ("lora", "lora-fa"):
@@ -226,7 +164,7 @@ def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None =
         for name, p in wrapped.named_parameters():
             if ".lora_A." in name or ".lora_embedding_B." in name:
                 p.requires_grad_(False)
-    return Equipped(wrapped, spec, names, shapes, base, buffers)
+    return Equipped(wrapped, base, spec, names, shapes)
 
 
 def spectral_config(
@@ -256,19 +194,14 @@ def spectral_config(
 
 def peft_config(model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module]) -> Any:
     """peft's own config of a baseline."""
-    common: Any = {"target_modules": list(modules), "task_type": "CAUSAL_LM"}
-    common["fan_in_fan_out"] = any(isinstance(m, Conv1D) for m in modules.values())
-    if spec.method in ("lora", "lora-fa"):
-        return LoraConfig(r=spec.k, lora_alpha=spec.k, **common)
-    if spec.method == "vera":
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Specified to not save vera_A and vera_B")
-            return VeraConfig(r=spec.k, projection_prng_key=spec.seed, save_projection=False, **common)
+    method = "lora" if spec.method == "lora-fa" else spec.method
+    if method in PEERS:
+        return peer_config(model, method, spec.k, spec.seed, list(modules))
     kind = str(model.config.model_type)  # type: ignore[union-attr]
     if kind not in FEEDFORWARD:
         raise CTError(f"peft names no feed-forward matrix of {kind} models for IA3; add it to FEEDFORWARD.")
     inner = [n for n in modules if n.endswith(tuple(FEEDFORWARD[kind]))]
-    return IA3Config(feedforward_modules=inner, **common)
+    return IA3Config(feedforward_modules=inner, **common(model, list(modules)))
 
 
 def fold_singular_values(wrapped: nn.Module) -> None:
