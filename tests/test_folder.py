@@ -30,14 +30,14 @@ from ctsft.tune.trainer import COMPLETE
 WAITING = """
 import pathlib, sys, time
 from ctsft.cli import main
-from ctsft.tune import run, trainer
+from ctsft.tune import material, trainer
 
 def wait(*_, **__):
     pathlib.Path(sys.argv[-1] + ".waiting").touch()
     time.sleep(600)
 
 if {early}:
-    run.load_model = wait
+    material.load_model = wait
 else:
     original = trainer.Watch.on_step_end
     trainer.SAVE_EVERY = 0

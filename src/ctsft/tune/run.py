@@ -21,24 +21,22 @@ from transformers.utils import logging as transformers_logging
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.store import adapted, save_adapter
-from ctsft.data.rows import Corpus, load_corpus
-from ctsft.data.tokens import Cut, fits, format_rows
+from ctsft.data.rows import Corpus
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions, write_json
-from ctsft.models.load import Loaded, load_model
+from ctsft.models.load import Loaded
 from ctsft.progress import counted, waiting, watched
 from ctsft.spectral.kinds import needs_data
-from ctsft.spectral.weights import fingerprint
 from ctsft.tune.folder import (
     check_folder,
     check_sources,
     claim_folder,
-    hashed,
     locked,
     read_sealed,
     sweep,
     write_sealed,
 )
+from ctsft.tune.material import Material, gathered
 from ctsft.tune.measure import NotFinite, Tokens, collate, measure, spectra
 from ctsft.tune.recipe import ADAPTER, Recipe
 from ctsft.tune.record import (
@@ -52,29 +50,17 @@ from ctsft.tune.record import (
     Sample,
     Scores,
     Setback,
-    Sources,
     Spectrum,
     Worse,
 )
 from ctsft.tune.report import write_report
 from ctsft.tune.trainer import BEST, CTTrainer, State, extra_memory, fit, measured_rate, read_best, restore, state_of
 
-SHORT = 192  # tokens of a row up to which a CPU attends faster in bfloat16 by plain products than by torch's own way
-
 
 @dataclass
-class Parts:
+class Parts(Material):
     """What a run is made of before it starts: all mistakes in the recipe have shown when this is there."""
 
-    recipe: Recipe
-    loaded: Loaded
-    parameters: int  # of the model without the adapter
-    corpus: Corpus
-    train: datasets.Dataset
-    heldout: list[Tokens]
-    cut: Cut
-    notes: list[str]
-    sources: Sources
     model: PeftModel
     console: Console
     problems: list[str] = field(default_factory=list)  # what failed after the training, a sentence each
@@ -114,44 +100,10 @@ def adapter_config(recipe: Recipe, dtype: torch.dtype) -> CTConfig:
 
 def prepared(recipe: Recipe, console: Console) -> Parts:
     """The model with a fresh adapter, and the rows. CTError for whatever does not fit together."""
-    with waiting(console, f"loading {recipe.model}"):
-        loaded = load_model(recipe.model, recipe.dtype)
-        weights = fingerprint(loaded.model.named_parameters())
-        if torch.cuda.is_available():
-            loaded.model.to("cuda")  # type: ignore[arg-type]
-    fits(loaded.tokenizer, loaded.model)
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    longest = min(recipe.max_length, getattr(loaded.model.config, "max_position_embeddings", None) or recipe.max_length)
-    with waiting(console, f"reading {recipe.data}"):
-        held = recipe.heldout if recipe.heldout < 1 else int(recipe.heldout)
-        named = {"prompt_column": recipe.prompt_column, "completion_column": recipe.completion_column}
-        corpus = load_corpus(recipe.data, seed=recipe.seed, heldout=held, limit=recipe.limit, **named)
-        train, cut = format_rows(corpus.train, loaded.tokenizer, corpus.kind, longest)
-        scored = corpus.heldout.select(range(min(recipe.eval_rows, len(corpus.heldout))))
-        heldout: list[Tokens] = list(format_rows(scored, loaded.tokenizer, corpus.kind, longest)[0])
-        sources = Sources(
-            recipe=hashed([recipe.values()]),
-            data=hashed(row for part in (corpus.train, [None], corpus.heldout) for row in part),
-            tokens=hashed(row for part in (train, [None], heldout) for row in part),
-            weights=weights,
-        )
-    notes = [*corpus.notes]
-    if cut.truncated or cut.dropped:
-        notes.append(
-            f"{cut.truncated} training rows were cut to {longest} tokens and {cut.dropped} dropped as too long"
-        )
-    for note in filter(None, (loaded.note, *notes)):
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
-    if (loaded.model.device.type, loaded.model.dtype) == ("cpu", torch.bfloat16) and longest_of(train) <= SHORT:
-        loaded.model.set_attn_implementation("eager")
-    model = with_adapter(recipe, loaded, train, console)
-    sources.directions = model.peft_config["default"].basis_checksum  # type: ignore[attr-defined]
-    return Parts(recipe, loaded, parameters, corpus, train, heldout, cut, notes, sources, model, console)
-
-
-def longest_of(train: datasets.Dataset) -> int:
-    """Tokens of the longest row."""
-    return max(map(len, train["input_ids"]))
+    found = gathered(recipe, console)
+    model = with_adapter(recipe, found.loaded, found.train, console)
+    found.sources.directions = model.peft_config["default"].basis_checksum  # type: ignore[attr-defined]
+    return Parts(**vars(found), model=model, console=console)
 
 
 def with_adapter(recipe: Recipe, loaded: Loaded, train: datasets.Dataset, console: Console) -> PeftModel:
