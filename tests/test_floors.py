@@ -36,6 +36,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         "lesson",
         "learn",
     ],
+    "plan": ["arms", "record", "trial"],
     "lab": [
         *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
         *("prefix", "rules", "run"),
@@ -61,6 +62,7 @@ NO_TORCH = {
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
     *("data.sql.worker", "data.sql.execution", "data.sql.examples", "data.template"),
     *("pages.words", "pages.plot", "pages.render"),
+    *("plan.arms", "plan.record"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
     *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
     *("lab.verdicts", "lab.drawing", "lab.figures", "lab.page"),

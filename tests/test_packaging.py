@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # The extra whose packages a room may import; a room that is not here needs none.
-EXTRA_OF = {"data": "tune", "pages": "tune", "tune": "tune", "lab": "lab"}
+EXTRA_OF = {"data": "tune", "pages": "tune", "tune": "tune", "plan": "tune", "lab": "lab"}
 PLAIN = {"tune.recipe"}  # the command line reads it, whatever is installed
 
 
