@@ -103,10 +103,57 @@ def test_what_decides_the_directions():
     wanted = spec()
     same = {"seed": 3, "lr": 0.1, "text": "squares", "steps": 7, "start": "mean", "learned_k": 4, "method": "lora"}
     other = {"siblings": ("squares",), "learning": "pairs", "learned_steps": 9, "k": 5, "length": 13, "learned_k": 5}
+    other |= {"learned_batch": 1, "learned_pace": 2.0}
     for name, value in same.items():
         assert deciding(replaced(wanted, **{name: value})) == deciding(wanted), name
     for name, value in other.items():
         assert deciding(replaced(wanted, **{name: value})) != deciding(wanted), name
+
+
+@pytest.mark.parametrize("learning", ["joint", "mean"])
+def test_siblings_share_the_windows_of_a_step(learning):
+    """Eight steps of one window, of two siblings in turn: half of what a window of each gives."""
+    assert directions(spec(learning=learning, learned_batch=1))[1]["tokens"] == 8 * 11
+    assert directions(spec(learning=learning, learned_batch=2))[1]["tokens"] == 8 * 2 * 11
+
+
+def test_fixed_directions_stay_as_they_are_drawn():
+    few, more = (Learned.read(directions(spec(learning="fixed", learned_steps=n))[0]) for n in (8, 9))
+    faster = Learned.read(directions(spec(learning="fixed", learned_pace=3.0))[0])
+    for name, u in few.u.items():
+        for other in (more, faster):  # the most used come first, so the order may differ
+            same = (u.T @ other.u[name]).abs().sort(1, descending=True).values
+            assert_close(same[:, 0], torch.ones(4))
+    sizes = [sum(float(a.norm()) for a in found.siblings.values()) for found in (few, faster)]
+    assert sizes[1] > 2 * sizes[0] > 0
+
+
+def test_components_train_on_top_of_the_mean():
+    few = spec(method="components", start="mean", k=1, learned_k=4)
+    found, mean = lab.run(few), lab.run(spec(start="mean", steps=0))
+    assert found.trained == 1 and found.heldout[0][1] == pytest.approx(mean.heldout[0][1], abs=1e-5)
+    assert found.heldout[0][1] != found.heldout[-1][1]
+    zero = lab.run(replaced(few, start="zero"))
+    assert zero.heldout[0] == lab.run(spec(method="lora", basis="weight", siblings=())).heldout[0]
+
+
+def test_the_directions_that_siblings_use_most_remain():
+    wanted = spec(learned_k=4, k=2, allocation="energy", start="mean")
+    learned = Learned.read(directions(wanted)[0])
+    energy = {(n, i): float((a[:, i] ** 2).mean()) for n, a in learned.siblings.items() for i in range(4)}
+    kept = {(n, 0) for n in learned.u}
+    for one in sorted(energy, key=energy.get, reverse=True):
+        if len(kept) < 2 * len(learned.u):
+            kept.add(one)
+    equipped = equip(sources.fresh_model(wanted), wanted, [], directions(wanted)[0])
+    ks = dict(zip(map(clean_name, equipped.names), equipped.ks, strict=True))
+    assert {(n, i) for n, k in ks.items() for i in range(k)} == kept and len(set(ks.values())) > 1
+    for k, match in ((9, "fewer learned directions; learn more"), (2, "it needs basis='learned'")):
+        place = directions(wanted)[0] if k == 9 else None
+        with pytest.raises(CTError, match=match):
+            equip(
+                sources.fresh_model(wanted), replaced(wanted, k=k, basis="random" if k == 2 else "learned"), [], place
+            )
 
 
 def test_another_text_under_the_same_name_is_learned_anew(small):

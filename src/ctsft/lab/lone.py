@@ -1,20 +1,22 @@
-"""Lone adapters: what else few numbers a matrix can do, without data and without siblings. For comparison only.
+"""Lone adapters: what else few numbers can do. For comparison only; all but one have neither data nor siblings.
 
 One function of LONE is one method. It freezes what it draws or decomposes, and says how the change of every matrix is
 made of the n trained numbers of the whole model, which are zero at the start, as is the change. `k` is the mean of
-trained numbers a matrix. See `equip` for the published methods that peft has.
+trained numbers a matrix, or their count in the whole model. See `equip` for the published methods that peft has.
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ctsft.adapter.learned import Learned
 from ctsft.errors import CTError
 from ctsft.spectral.basis import Basis, generator, random_basis, weight_basis
 from ctsft.spectral.decompose import leading_triples, orthonormal_columns
-from ctsft.spectral.weights import matrix
+from ctsft.spectral.weights import clean_name, matrix
 
 Make = Callable[[Tensor], tuple[Tensor, Tensor]]  # numbers (n,) -> left (d_out, r) and right (r, d_in), dW = left right
 Changes = dict[str, Make]  # by the name of the matrix
@@ -96,13 +98,41 @@ def moved(weights: Mapping[str, Tensor], k: int, basis: str, seed: int) -> Chang
     return diagonal(few, k * len(weights) // len(few), basis, seed)
 
 
-# Method: (its changes, whether norm gains train beside them)
-LONE: dict[str, tuple[Callable[[Mapping[str, Tensor], int, str, int], Changes], bool]] = {
-    "tinylora": (tinylora, False),
-    "unilora": (unilora, False),
-    "grouped": (grouped, False),
-    "moved": (moved, False),
-    "with-norms": (diagonal, True),
+def components(weights: Mapping[str, Tensor], k: int, basis: str, seed: int) -> Changes:
+    """k numbers for the whole model: weights of the leading principal components of what siblings' amplitudes are, in
+    the folder `basis` of learned directions.
+
+    A component changes all matrices together. It is as long as the siblings vary along it (one standard deviation).
+    """
+    learned = Learned.read(basis)
+    a = [learned.siblings[clean_name(name)] for name in weights]
+    every = torch.cat(a, 1)  # (siblings, all directions of all matrices)
+    if k >= len(every):
+        raise CTError(f"{len(every)} siblings have {len(every) - 1} components beside their mean and not {k}; lower k.")
+    _, s, vh = torch.linalg.svd((every - every.mean(0)).double(), full_matrices=False)
+    rows = (s[:k, None] * vh[:k] / len(every) ** 0.5).float().split([one.shape[1] for one in a], 1)
+
+    def one(name: str, p: Tensor) -> Make:
+        return lambda c: (learned.u[name] * (c @ p), learned.vh[name])
+
+    return {name: one(clean_name(name), p) for name, p in zip(weights, rows, strict=True)}
+
+
+class Lone(NamedTuple):
+    """A method: how it changes matrices, from their weights, k, basis and seed."""
+
+    changes: Callable[[Mapping[str, Tensor], int, str, int], Changes]
+    with_norms: bool = False  # whether norm gains train beside the numbers
+    whole: bool = False  # whether k counts the numbers of the whole model
+
+
+LONE = {
+    "tinylora": Lone(tinylora),
+    "unilora": Lone(unilora),
+    "grouped": Lone(grouped),
+    "moved": Lone(moved),
+    "with-norms": Lone(diagonal, with_norms=True),
+    "components": Lone(components, whole=True),
 }
 
 
@@ -118,15 +148,16 @@ def directions(name: str, w: Tensor, k: int, basis: str, seed: int) -> Basis:
 def attach(model: nn.Module, modules: Mapping[str, nn.Module], method: str, k: int, basis: str, seed: int) -> None:
     """Put `method` of LONE into `model`, on `modules` (Linear or Conv1D); its n numbers alone train, as `model.lone`.
 
-    Raises CTError for a k or basis that it cannot have.
+    basis: random or weight, or the folder of learned directions, by what the method has. Raises CTError for a k or
+    basis that it cannot have.
     """
-    changes_of, with_norms = LONE[method]
+    changes_of, with_norms, whole = LONE[method]
     weights = {name: matrix(module).detach() for name, module in modules.items()}
     changes = changes_of(weights, k, basis, seed)
     model.requires_grad_(False)
     for name, p in model.named_parameters():
         p.requires_grad_(with_norms and p.ndim == 1 and name.endswith("weight"))
-    numbers = nn.Parameter(torch.zeros(k * len(weights)))
+    numbers = nn.Parameter(torch.zeros(k if whole else k * len(weights)))
     model.register_parameter("lone", numbers)
 
     def hook(make: Make) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -4,7 +4,8 @@ All of them start at the base model exactly (`universal_mode="replace"` excepted
 is tuned for every arm, and a scale would only move it. What trains, per adapted matrix (d_out, d_in):
 
 - `diagonal` K, `core` K^2, `scores` K d_out, `gains` K + d_out: our forms, see CTConfig.
-- `tinylora`, `unilora`, `grouped`, `moved`, `with-norms`: K in the mean, see lone.py.
+- `tinylora`, `unilora`, `grouped`, `moved`, `with-norms`: K in the mean; `components`: K in the whole model; see
+  lone.py.
 - `lora` K (d_out + d_in): alpha = K. `lora-fa` K d_out: its random factor is frozen (Zhang et al. 2023).
 - `lora-xs` K^2: dW = U_K S_K R Vh_K (Balazy et al. 2024); `core` with the singular values folded into U.
 - `vera` K + d_out (Kopiczko et al. 2024). `ia3`: d_out, or d_in where it scales the MLP's inner activations (Liu et
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
+from ctsft.adapter.learned import Learned
 from ctsft.adapter.peers import PEERS, Base, Trained, common, peer_config, train_only, vectors, wrap
 from ctsft.adapter.store import adapted
 from ctsft.adapter.targets import find_targets
@@ -37,7 +39,7 @@ from ctsft.lab.spec import Spec
 from ctsft.spectral.collect import mean_gradients
 from ctsft.spectral.decompose import effective_rank, singular_values
 from ctsft.spectral.kinds import needs_data
-from ctsft.spectral.weights import matrix
+from ctsft.spectral.weights import clean_name, matrix
 
 LORAS = ("lora", "lora-fa", "lora-xs")
 LINEAR_ONLY = ("ia3", "vera", *LONE)  # methods that know no embedding
@@ -147,7 +149,8 @@ def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None =
         return Equipped(model, base, spec, names, shapes)
 
     if spec.method in LONE:
-        attach(model, modules, spec.method, spec.k, spec.basis, spec.seed)
+        basis = str(learned) if spec.basis == "learned" else spec.basis
+        attach(model, modules, spec.method, spec.k, basis, spec.seed)
         return Equipped(model, base, spec, names, shapes)
     if spec.method in FORMS:
         config: Any = spectral_config(model, spec, modules, batches, learned)
@@ -172,10 +175,11 @@ def spectral_config(
 ) -> CTConfig:
     """The adapter that `spec` describes, calibrated where its directions come from data."""
     k: int | dict[str, int] = spec.k
-    if spec.allocation == "effective_rank":
+    if spec.allocation != "uniform":
         if spec.schedule:
-            raise CTError("allocation='effective_rank' gives every matrix its own K; it cannot follow a schedule.")
-        k = {re.escape(n): own for n, own in by_effective_rank(model, spec.k, modules, batches).items()}
+            raise CTError(f"allocation={spec.allocation!r} gives every matrix its own K; it cannot follow a schedule.")
+        found = ALLOCATIONS[spec.allocation](model, spec.k, modules, batches, learned)
+        k = {re.escape(n): own for n, own in found.items()}
     config = CTConfig(
         k=k,
         form=spec.method,  # type: ignore[arg-type]
@@ -231,12 +235,34 @@ def share_with_head(model: nn.Module) -> None:
 # --------------------------------------------------------------------------------------------------------- how much K
 
 
-def by_effective_rank(model: nn.Module, k: int, modules: Mapping[str, nn.Module], batches: Batches) -> dict[str, int]:
+Modules = Mapping[str, nn.Module]
+
+
+def by_effective_rank(model: nn.Module, k: int, modules: Modules, batches: Batches, _: Path | None) -> dict[str, int]:
     """K per matrix in proportion to the effective rank of its mean gradient, at the total of `k` each (paper 84)."""
     gradients = mean_gradients(model, dict(modules), batches)
     ranks = [effective_rank(singular_values(g)) for g in gradients.values()]
     limits = [min(shape) for shape in shapes_of(modules)]
     return dict(zip(gradients, allocate(ranks, k * len(ranks), limits), strict=True))
+
+
+def by_energy(_: nn.Module, k: int, modules: Modules, __: Batches, learned: Path | None) -> dict[str, int]:
+    """K per matrix so that of all learned directions those remain which siblings use most, `k` each in the mean.
+
+    Use is the mean square of the siblings' amplitudes; a file has the most used of a matrix first. Each keeps one.
+    """
+    if learned is None:
+        raise CTError("allocation='energy' goes by how siblings use learned directions; it needs basis='learned'.")
+    amplitudes = Learned.read(learned).siblings
+    energy = {name: amplitudes[clean_name(name)].square().mean(0) for name in modules}
+    rest, more = torch.cat([e[1:] for e in energy.values()]), (k - 1) * len(energy)
+    if more > len(rest):
+        raise CTError(f"allocation='energy' keeps k={k} in the mean of fewer learned directions; learn more of them.")
+    least = float(rest.sort(descending=True).values[more - 1]) if more else torch.inf
+    return {name: 1 + int((e[1:] >= least).sum()) for name, e in energy.items()}
+
+
+ALLOCATIONS = {"effective_rank": by_effective_rank, "energy": by_energy}
 
 
 def allocate(weights: Sequence[float], total: int, limits: Sequence[int]) -> list[int]:

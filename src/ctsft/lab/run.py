@@ -73,7 +73,7 @@ class Run:
         self.cost: dict[str, float] = {}  # of directions that were learned
         if spec.learns:
             learned, self.cost = directions(spec)
-            if spec.method not in FORMS:
+            if spec.start == "mean" and spec.method not in FORMS:
                 merge_mean(model, learned)
         self.equipped: Equipped = equip(model, spec, calibration, learned)
         self.model: Any = self.equipped.model

@@ -1,7 +1,8 @@
 """Directions that an arm learns from sibling texts: every way to learn them, at one cost, kept on disk.
 
-Every way sees `learned_steps` windows of every sibling, drawn by that sibling's own seed, so that nothing random which
-they might share makes them look alike. What was learned serves all rates and seeds of an arm.
+Every way sees equally many windows of every sibling, drawn by that sibling's own seed, so that nothing random which
+they might share makes them look alike. What was learned serves all rates and seeds of an arm. A text may be its own
+only sibling: a warm-up.
 """
 
 import time
@@ -70,7 +71,8 @@ def merge_mean(model: nn.Module, folder: Path) -> None:
 
 def deciding(spec: Spec) -> Spec:
     """`spec` with nothing but what decides the directions."""
-    same = ("model", "weights", "siblings", "learning", "learned_steps", "targets", "length", "dtype")
+    same = ["model", "weights", "siblings", "learning", "learned_steps", "learned_batch", "learned_pace"]
+    same += ["targets", "length", "dtype"]
     return Spec(text=spec.siblings[0], learned_k=spec.learned_k or spec.k, **{n: getattr(spec, n) for n in same})
 
 
@@ -108,19 +110,26 @@ def feed(what: Spec, i: int, rows: int) -> Iterator[dict[str, Tensor]]:
         step += 1
 
 
-def jointly(what: Spec, nested: bool = False) -> Learned:
-    """U and Vh trained on all siblings at once, a window of each a step, with amplitudes of each its own."""
+def share(what: Spec) -> int:
+    """Windows that every sibling has for `what`."""
+    return what.learned_steps * (what.learned_batch or len(what.siblings)) // len(what.siblings)
+
+
+def jointly(what: Spec, nested: bool = False, fixed: bool = False) -> Learned:
+    """U and Vh trained on all siblings at once, with amplitudes of each its own; `fixed`: as drawn, the amplitudes
+    alone train."""
     model = fresh_model(what)
     feeds = {name: feed(what, i, 1) for i, name in enumerate(what.siblings)}
+    sides, amplitudes = RATES
     with autocast(what):
         return learn_basis(
             model,
             feeds,
             what.learned_k,
             steps=what.learned_steps,
-            batches=len(feeds),
+            batches=what.learned_batch or len(feeds),
             target_modules=list(targets(model, what)),
-            rates=RATES,
+            rates=(0.0 if fixed else sides * what.learned_pace, amplitudes * what.learned_pace),
             nested=nested,
             seed=SEED,
         )
@@ -144,7 +153,7 @@ def lora(what: Spec, i: int) -> dict[str, Tensor]:
     """dW by module of a LoRA tuned to sibling `i`."""
     rows, seed = len(what.siblings), SEED + i
     equipped = equip(fresh_model(what), replaced(what, method="lora", k=LORA_RANK, seed=seed, siblings=()), [])
-    batches, steps = feed(what, i, rows), what.learned_steps // rows
+    batches, steps = feed(what, i, rows), share(what) // rows
     optimizer = torch.optim.Adam(equipped.trainable, lr=LORA_RATE)
     equipped.model.train()
     for step in range(steps):
@@ -173,7 +182,7 @@ def from_loras(find: Callable[[list[Tensor], int], Found]) -> Callable[[Spec], L
         for name, deltas in loras(what).items():
             found = find([w.double() for w in deltas], what.learned_k)
             u[name], vh[name], amplitudes[name] = (part.float() for part in found)
-        seen = what.learned_steps * (what.length - 1)  # tokens that something predicts, as joint training counts them
+        seen = share(what) * (what.length - 1)  # tokens that something predicts, as joint training counts them
         facts = Facts(
             siblings=[Sibling(name, tokens=seen) for name in what.siblings],
             base=fingerprint((n, matrix(m)) for n, m in targets(model, what).items()),
@@ -229,6 +238,7 @@ def along(deltas: list[Tensor], u: Tensor, vh: Tensor) -> Tensor:
 LEARNINGS: dict[str, Callable[[Spec], Learned]] = {
     "joint": jointly,
     "nested": lambda what: jointly(what, nested=True),
+    "fixed": lambda what: jointly(what, fixed=True),
     "pairs": from_loras(pairs),
     "mean": from_loras(of_mean),
     "hosvd": from_loras(hosvd),

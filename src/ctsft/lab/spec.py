@@ -18,10 +18,11 @@ PAPER_LR = 5e-3
 
 Forms = Literal["diagonal", "core", "scores", "gains"]
 Published = Literal["full", "lora", "lora-fa", "lora-xs", "vera", "ia3", "norms"]
-Lone = Literal["tinylora", "unilora", "grouped", "moved", "with-norms"]  # see lone.py
+Lone = Literal["tinylora", "unilora", "grouped", "moved", "with-norms", "components"]  # see lone.py
 Method = Literal[Forms, Published, Lone]
 Protocol = Literal["honest", "paper"]
-Learning = Literal["joint", "nested", "pairs", "mean", "hosvd"]
+Learning = Literal["joint", "nested", "fixed", "pairs", "mean", "hosvd"]
+Allocation = Literal["uniform", "effective_rank", "energy"]  # see ALLOCATIONS in methods.py
 Rule = Literal["", "auto", "weights", "line", "constant", "trl", "peft"]  # see RULES in lab/rules.py
 
 
@@ -43,13 +44,17 @@ class Spec(Strict):
     siblings: tuple[str, ...] = Field(default=(), description="texts that directions are learned from, see siblings.py")
     learning: Learning = Field(default="joint", description="how, see LEARNINGS in siblings.py")
     learned_k: Annotated[int, Field(ge=0)] = Field(default=0, description="directions that are learned, 0: k")
-    learned_steps: Annotated[int, Field(ge=0)] = Field(default=160, description="each on a window of every sibling")
+    learned_steps: Annotated[int, Field(ge=0)] = Field(default=160, description="each on `learned_batch` windows")
+    learned_batch: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="windows of a step, of the siblings in turn; 0: one of every sibling"
+    )
+    learned_pace: Annotated[float, Field(gt=0)] = Field(default=1.0, description="a factor on joint training's rates")
     start: Start = Field(
         default="zero", description="mean: of the siblings; methods without directions merge it into W"
     )
     strength: float = Field(default=1.0, description="a factor on the siblings' mean")
     shuffled: bool = Field(default=False, description="left and right sides of the learned directions permuted")
-    allocation: Literal["uniform", "effective_rank"] = Field(default="uniform", description="K per matrix (paper 84)")
+    allocation: Allocation = Field(default="uniform", description="K per matrix, k in the mean")
     targets: Literal["paper", "blocks", "last2", "last2+head"] = Field(
         default="paper", description="paper: all block matrices and the token embedding, the tied head with it"
     )
