@@ -27,6 +27,8 @@ CHANGES = {
     "learning": "nested",
     "learned_k": 64,
     "learned_steps": 320,
+    "learned_batch": 4,
+    "learned_pace": 3.0,
     "start": "mean",
     "strength": 2.0,
     "rule": "auto",
