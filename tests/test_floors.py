@@ -36,14 +36,14 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         "lesson",
         "learn",
     ],
-    "plan": ["arms", "record", "trial"],
+    "plan": ["arms", "record", "trial", "budget", "predict", "choose", "question", "told", "page", "plan"],
     "lab": [
         *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
         *("prefix", "rules", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
         *("drawing", "figures", "page"),
     ],
-    "cli": ["console", "options", "lab", "tune", "basis", "adapter", "inspect", "main"],
+    "cli": ["console", "options", "lab", "plan", "tune", "basis", "adapter", "inspect", "main"],
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
@@ -62,7 +62,8 @@ NO_TORCH = {
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
     *("data.sql.worker", "data.sql.execution", "data.sql.examples", "data.template"),
     *("pages.words", "pages.plot", "pages.render"),
-    *("plan.arms", "plan.record"),
+    *("plan.arms", "plan.record", "plan.budget", "plan.predict", "plan.choose", "plan.question", "plan.told"),
+    *("plan.page", "cli.plan"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
     *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
     *("lab.verdicts", "lab.drawing", "lab.figures", "lab.page"),

@@ -12,6 +12,7 @@ from ctsft.cli.basis import basis
 from ctsft.cli.console import say
 from ctsft.cli.inspect import inspect
 from ctsft.cli.lab import lab
+from ctsft.cli.plan import plan
 from ctsft.cli.tune import tune
 from ctsft.errors import CTError, needs, shown
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command(epilog="Example: ctsft tune --model smollm2-135m --data my.jsonl --k 64 --steps 100 --out runs/mine")(tune)
+app.command(epilog="Example: ctsft plan --model smollm2-135m --data my.jsonl --budget '15 min' --out plans/mine")(plan)
 app.command(epilog="Example: ctsft export runs/mine --to lora --out runs/mine/lora")(export)
 app.command(epilog="Example: ctsft inspect smollm2-135m --k 64 --plot spectra.svg")(inspect)
 app.command(epilog="Example: ctsft sample runs/mine --prompt 'How many moons has Mars?'")(sample)

@@ -15,18 +15,20 @@ from ctsft.files import cores
 
 FIRST = "Model and data"  # the heading that comes first in the help
 NAMES = {"target_modules": "target"}  # options that are not called as their field
-METAVARS = {"k": "K|PATTERN=K,...", "lr": "RATE|auto", "basis": "|".join((*BASES, "FOLDER"))}
+METAVARS = {"k": "K|PATTERN=K,...|auto", "lr": "RATE|auto", "basis": "|".join((*BASES, "FOLDER"))}
 DEFAULTS = {"threads": "OMP_NUM_THREADS, else all cores"}
 
 
-def parse_k(text: str) -> int | dict[str, int]:
-    """`64`, or `q_proj=64,.*=16`: K by module pattern, the first that fits counts."""
+def parse_k(text: str) -> int | dict[str, int] | str:
+    """`64`, or `q_proj=64,.*=16`: K by module pattern, the first that fits counts; or `auto`."""
+    if text == "auto":
+        return text
     try:
         if "=" not in text:
             return int(text)
         return {p: int(k) for p, _, k in (part.rpartition("=") for part in text.split(","))}
     except ValueError:
-        raise CTError(f"--k {shown(text)!r} is neither a number nor pattern=number,pattern=number.") from None
+        raise CTError(f"--k {shown(text)!r} is neither a number nor pattern=number,pattern=number nor auto.") from None
 
 
 def parse_lr(text: str) -> float | str:
@@ -71,7 +73,9 @@ def option_of(field: Any, hint: Any) -> inspect.Parameter:
     declared = typer.Option(
         "--" + NAMES.get(name, name).replace("_", "-"),
         help=told,
-        metavar=METAVARS.get(name, "|".join(allowed) if words else None) if kind is str else None,
+        metavar=field.metadata.get("metavar", METAVARS.get(name, "|".join(allowed) if words else None))
+        if kind is str
+        else None,
         rich_help_panel=group(field),
     )
     return inspect.Parameter(

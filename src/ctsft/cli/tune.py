@@ -12,12 +12,16 @@ from rich.table import Table
 from ctsft.choices import BASES, LEARNED
 from ctsft.cli.console import err, out_console, printable, say
 from ctsft.cli.options import default_threads, options_of, parsed
+from ctsft.cli.plan import headline, keep
 from ctsft.errors import CTError, shown
 from ctsft.pages.words import duration, size
+from ctsft.plan.question import FIELDS, make_question
+from ctsft.plan.told import Plan
 from ctsft.progress import waiting
-from ctsft.tune.recipe import Recipe, make_recipe, read_recipe
+from ctsft.tune.recipe import ADAPTER, Recipe, make_recipe, read_recipe
 from ctsft.tune.record import RunRecord, Sample
 
+PLANNED = {"k", "form", "basis", "basis_file", "basis_dtype", "save_dtype", "store_basis", "seed"}  # with --k auto
 WORSE = 3  # exit code of a run whose held-out loss rose
 
 
@@ -51,9 +55,16 @@ def tune(
     if resume and overwrite:
         raise CTError("--resume continues the run in --out and --overwrite replaces it; give one of them.")
     known = out / "recipe.json"
+    planned = None
     if resume and known.exists():
+        if values.get("k") == "auto":
+            del values["k"]  # what was chosen then stays
         values = read_recipe(known).values() | values
-    recipe = make_recipe({"threads": default_threads()} | values)
+    values = {"threads": default_threads()} | values
+    if values.get("k") == "auto":
+        planned = plan_of(values, out, resume, overwrite)
+        values |= chosen(planned)
+    recipe = make_recipe(values)
 
     try:
         with waiting(err, "starting"):
@@ -66,6 +77,8 @@ def tune(
             then = "nothing was begun, so start it again with the same command"
         say(f"{str(stop) or 'stopped'}; {then}", "yellow")
         raise typer.Exit(130) from None
+    if planned:
+        keep(planned, out)
     if as_json:
         print(json.dumps(run.values(), indent=1))
     else:
@@ -74,6 +87,33 @@ def tune(
         say(run.warning, "red")
         if not allow_worse:
             raise typer.Exit(WORSE)
+
+
+def plan_of(values: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> Plan:
+    """The plan for a run of `values` whose K is auto: its own form and basis at several K, and no peers."""
+    fixed = make_recipe({n: v for n, v in values.items() if n != "k"})
+    other = [n for n in ADAPTER if n not in PLANNED and getattr(fixed, n) != Recipe.__dataclass_fields__[n].default]
+    if other:
+        raise CTError(f"--k auto tries adapters without {', '.join(other)}; leave that out, or give a number for --k.")
+    with waiting(err, "starting"):
+        from ctsft.plan.plan import make_plan
+        from ctsft.tune.folder import check_folder
+    check_folder(fixed, out, resume, overwrite)
+    where = "" if fixed.basis == "random" else f"@{fixed.basis_file or fixed.basis}"
+    asked = {n: v for n, v in fixed.values().items() if n in FIELDS and n != "basis"}
+    found = make_plan(make_question(asked | {"arms": [fixed.form + where]}), err)
+    say(headline(found), "bold")
+    for sentence in found.decision.why:
+        say(sentence, "dim")
+    return found
+
+
+def chosen(found: Plan) -> dict[str, Any]:
+    """The fields of the recipe that the plan decides: K, and the rate where the measured one was too high."""
+    option = found.chosen
+    assert option  # without a budget one always fits
+    k = int(option.candidate.partition("@")[0].partition("-")[2])
+    return {"k": k} | ({"lr": option.rate} if option.again else {})
 
 
 def show_run(run: RunRecord, out: Path) -> None:

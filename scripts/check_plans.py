@@ -1,0 +1,334 @@
+"""Check plans against the whole sweeps that they replace.
+
+    CTSFT_MODELS=... CTSFT_TEXTS=... python scripts/check_plans.py learn | fit | plans | sweeps | table [PAIR ...]
+
+`learn` trains what predictions are fitted on (records/plans/fit.jsonl) and `fit` prints the constants of
+`ctsft.plan.predict`. `plans` makes the plan of every pair (records/plans/PAIR/plan.json) before `sweeps` trains its
+arms in full (records/plans/PAIR/comparison.jsonl): every rate of a grid for all steps on a seed that is not judged, the
+grid grown at its edges, then the best rate on the seeds that are. `table` prints predicted against actual. What is
+there is kept: a call goes on where the last one ended. Texts are those of `scripts/families.py`, in
+CTSFT_MODELS/texts.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from ctsft.files import write_json
+from ctsft.plan.record import Trial
+
+RECORDS = Path(__file__).parents[1] / "records" / "plans"
+SMALL = ("diagonal-4", "diagonal-16", "diagonal-32", "gains-32", "lora-1", "lora-8", "vera-256")  # 32: all it has
+ALL = ("diagonal-4", "diagonal-16", "diagonal-64", "diagonal-256", "gains-64", "lora-1", "lora-8", "vera-256")
+TEXT = {"max_length": 128}
+TUNING, SEEDS = 1000, (1, 2)  # plans use seed 0
+
+# Model and text of every pair, with what differs from a question's defaults; seeds and arms of its sweep.
+PAIRS: dict[str, dict[str, Any]] = {
+    "stories260k-acts": {"data": "texts/bible-acts.txt", "steps": 100, "batch_size": 4, **TEXT},
+    "stories260k-sql50": {"data": "sql", "limit": 50, "steps": 60, "batch_size": 2},
+    "stories260k-sql5000": {"data": "sql", "limit": 5000, "steps": 60, "batch_size": 2},
+    "stories260k-sympy500": {"data": "texts/libraries-sympy.txt", "limit": 500, "steps": 100, "batch_size": 4, **TEXT},
+    "stories260k-museum30": {"data": "texts/databases-museum.jsonl", "limit": 30, "steps": 60, "batch_size": 2},
+    "stories15m-melville": {"data": "texts/authors-melville.txt", "steps": 30, "batch_size": 2, **TEXT},
+    "stories15m-airline50": {"data": "texts/databases-airline.jsonl", "limit": 50, "steps": 30, "batch_size": 2},
+    "stories15m-sql": {"data": "sql", "steps": 24, "batch_size": 2},
+    "photonic-matthew": {"data": "texts/bible-matthew.txt", "steps": 30, "batch_size": 2, **TEXT},
+    "photonic-sql500": {"data": "sql", "limit": 500, "steps": 30, "batch_size": 2},
+    "smollm2-135m-sql": {"data": "sql", "steps": 12, "batch_size": 2},
+}
+FEWER = {"smollm2-135m-sql": ("diagonal-16", "diagonal-64", "gains-64", "lora-8")}
+ONE_SEED = ("stories15m", "photonic", "smollm2")
+# Of the fit: no text of these is in a pair above.
+FIT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "stories260k-whitman": (
+        {"data": "texts/authors-whitman.txt", "limit": 200, "steps": 90, "batch_size": 4, **TEXT},
+        SMALL,
+    ),
+    "stories260k-bakery": (
+        {"data": "texts/databases-bakery.jsonl", "limit": 80, "steps": 90, "batch_size": 4, "max_length": 256},
+        SMALL,
+    ),
+    "stories15m-isaiah": ({"data": "texts/bible-isaiah.txt", "limit": 60, "steps": 40, "batch_size": 2, **TEXT}, ALL),
+    "photonic-bank": ({"data": "texts/databases-bank.jsonl", "limit": 200, "steps": 40, "batch_size": 2, **TEXT}, ALL),
+}
+LOOKS = (0, 6, 12, 20, 30, 40, 60, 90)
+
+
+def model_of(pair: str) -> str:
+    """The model of a pair, as it is called in CTSFT_MODELS, or built in."""
+    return next(m for m in ("stories260k", "stories15m", "photonic", "smollm2-135m") if pair.startswith(m))
+
+
+def bench_of(pair: str, asked: dict[str, Any], heldout: int) -> Any:
+    """The bench of a pair: its model and rows, of the split that `ctsft tune` makes with seed 0."""
+    from rich.console import Console
+
+    from ctsft.plan.question import make_question
+    from ctsft.plan.trial import Bench
+    from ctsft.tune.material import gathered
+
+    question = make_question({"model": model_of(pair)} | asked)
+    found = gathered(question.recipe(eval_rows=heldout), Console(stderr=True))
+    pad = found.loaded.tokenizer.pad_token_id
+    return Bench(found.loaded.model, pad, found.train, found.heldout, question.batch_size)
+
+
+# ---- learning what a race tells
+
+
+def learn(names: Iterable[str]) -> None:
+    """Races of 12 steps at two rates; at the better, one of 6 and one of 8 rows, and a whole training."""
+    from ctsft.plan.arms import candidate
+
+    done = {(d["pair"], d["candidate"]) for d in lines(RECORDS / "fit.jsonl")}
+    for pair in names:
+        asked, arms = FIT[pair]
+        bench = None
+        for name in arms:
+            if (pair, name) in done:
+                continue
+            bench = bench or bench_of(pair, asked, 48)
+            arm, rate = candidate(name), bench.rate(candidate(name))
+            first, again = (bench.trial(arm, 0, 12, lr=lr) for lr in (rate, rate / 3))
+            rate = min(first, again, key=lambda t: t.end).rate
+            looks = [n for n in LOOKS if n < asked["steps"]] + [asked["steps"]]
+            found = [first, again, bench.trial(arm, 0, 6, lr=rate), bench.trial(arm, 0, 8, lr=rate, batch_size=1)]
+            found.append(bench.trial(arm, 0, asked["steps"], lr=rate, looks=looks))
+            for trial in found:
+                add(RECORDS / "fit.jsonl", {"pair": pair, "rows": len(bench.rows)} | trial.model_dump())
+
+
+def growths() -> dict[str, list[tuple[str, list[float], float]]]:
+    """By pair: arm, what `predict.growth` knows of it, and the log of the growth of its drop that came."""
+    whole: dict[tuple[str, str], Trial] = {}
+    races: dict[tuple[str, str], list[Trial]] = defaultdict(list)
+    for line in lines(RECORDS / "fit.jsonl"):
+        pair, trial = line.pop("pair"), Trial(**{n: v for n, v in line.items() if n != "rows"})
+        (whole.__setitem__ if trial.steps > 12 else lambda at, t: races[at].append(t))((pair, trial.candidate), trial)
+    found: dict[str, list[tuple[str, list[float], float]]] = defaultdict(list)
+    for (pair, arm), full in whole.items():
+        start = full.heldout[0][1] or math.nan
+        for race in races[pair, arm]:
+            if math.isclose(race.rate, full.rate):
+                longer, size = math.log(full.steps / race.steps), math.log10(full.trained) - 3
+                known = [longer, longer * size, math.log(full.batch_size / race.batch_size)]
+                found[pair].append((arm, known, math.log((start - full.end) / (start - race.end))))
+    return found
+
+
+def fit() -> None:
+    """The constants of `predict`, and the residuals on the pair that is left out, each in turn."""
+    data = growths()
+
+    def solved(pairs: Iterable[str]) -> Any:
+        rows = [(known, y) for pair in pairs for _, known, y in data[pair]]
+        return np.linalg.lstsq(np.array([k for k, _ in rows]), np.array([y for _, y in rows]), rcond=None)[0]
+
+    print("GROWTH, BY_SIZE, BY_ROWS =", *(f"{c:.3f}" for c in solved(data)))
+    rest, beside = [], []
+    for pair in data:
+        constants = solved(p for p in data if p != pair)
+        left = np.array([y - np.dot(known, constants) for _, known, y in data[pair]])
+        rest += [*left]
+        kinds = np.array([known[2] > 0 for _, known, _ in data[pair]])
+        for kind in (False, True):
+            beside += [*(left[kinds == kind] - np.median(left[kinds == kind]))]
+        print(f"{pair}: left out, off by {left.mean():+.3f}, spread {left.std():.3f}")
+    print("LOW, HIGH =", *(f"{q:.3f}" for q in np.quantile(rest, [0.05, 0.95])))
+    print("RELATIVE =", f"{np.quantile(np.abs(beside), 0.9):.3f}")
+
+
+# ---- plans and sweeps
+
+
+def plans(names: Iterable[str], spend: float | None) -> None:
+    """The plan of every pair, before its sweep."""
+    from ctsft.plan.page import write_plan
+    from ctsft.plan.plan import make_plan
+    from ctsft.plan.question import make_question
+
+    for pair in names:
+        out = RECORDS / pair
+        if (out / "plan.json").exists():
+            continue
+        if (out / "comparison.jsonl").exists():
+            raise SystemExit(f"{pair} was swept before it was planned")
+        busy = time.process_time()
+        found = make_plan(make_question({"model": model_of(pair), "threads": 1, "spend": spend} | PAIRS[pair]))
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "plan.json", found.model_dump())
+        write_plan(found, Path(os.environ.get("PAGES", out)) / f"{pair}.html") if "PAGES" in os.environ else None
+        print(pair, found.decision.candidate, f"{time.process_time() - busy:.0f} s of the processor", flush=True)
+
+
+def sweeps(names: Iterable[str]) -> None:
+    """Every arm of every pair in full."""
+    for pair in names:
+        if not (RECORDS / pair / "plan.json").exists():
+            raise SystemExit(f"{pair} has no plan yet; it is made before the sweep")
+        small = model_of(pair) == "stories260k"
+        bench = None
+        for name in FEWER.get(pair, SMALL if small else ALL):
+            have = [Trial(**line) for line in lines(RECORDS / pair / "comparison.jsonl")]
+            for seed, rate in due(name, [t for t in have if t.candidate == name], pair):
+                bench = bench or bench_of(pair, PAIRS[pair], 100)
+                swept(bench, pair, name, seed, rate)
+            while more := list(due(name, trials_of(pair, name), pair)):
+                bench = bench or bench_of(pair, PAIRS[pair], 100)
+                for seed, rate in more:
+                    swept(bench, pair, name, seed, rate)
+
+
+def trials_of(pair: str, name: str) -> list[Trial]:
+    return [t for t in map(lambda d: Trial(**d), lines(RECORDS / pair / "comparison.jsonl")) if t.candidate == name]
+
+
+def swept(bench: Any, pair: str, name: str, seed: int, rate: float | None) -> None:
+    """One trial for all steps, written down; without a rate, at that of the rule."""
+    from ctsft.plan.arms import candidate
+
+    steps = PAIRS[pair]["steps"]
+    found = bench.trial(candidate(name), seed, steps, lr=rate)
+    add(RECORDS / pair / "comparison.jsonl", found.model_dump())
+    print(pair, name, seed, f"{found.rate:.3g}", found.heldout[-1], f"{found.seconds:.0f} s", flush=True)
+
+
+def due(name: str, have: list[Trial], pair: str) -> Iterator[tuple[int, float | None]]:
+    """(seed, rate) of the trials that come next: the rule's rate, a third and three times it, further where the best
+    lies at an edge (at most 5 rates); then the seeds that are judged, at the best."""
+    tried = {t.rate: t.end for t in have if t.seed == TUNING}
+    if not tried:
+        yield TUNING, None
+        return
+    first = next(t.rate for t in have if t.seed == TUNING)
+    wanted = [first / 3, first, first * 3]
+    missing = [r for r in wanted if not any(math.isclose(r, t) for t in tried)]
+    if missing:
+        yield from ((TUNING, r) for r in missing)
+        return
+    best = min(tried, key=lambda r: tried[r])
+    if len(tried) < 5 and best in (min(tried), max(tried)):
+        yield TUNING, best / 3 if best == min(tried) else best * 3
+        return
+    judged = {t.seed for t in have if t.seed != TUNING and math.isclose(t.rate, best)}
+    seeds = SEEDS[:1] if pair.startswith(ONE_SEED) else SEEDS
+    yield from ((seed, best) for seed in seeds if seed not in judged)
+
+
+# ---- predicted against actual
+
+
+def table(names: Iterable[str]) -> None:
+    """A row a pair, and the sums below."""
+    from ctsft.plan.told import read_plan
+
+    inside, total, regrets, always, octaves = 0, 0, [], [], []
+    for pair in names:
+        if not (RECORDS / pair / "comparison.jsonl").exists():
+            continue
+        plan = read_plan(RECORDS / pair / "plan.json")
+        ends, start = actual(pair)
+        ours = {n: e for n, e in ends.items() if n.startswith(("diagonal", "gains"))}
+        numbers = {o.candidate: o.trained for o in plan.options}
+        best = min(ours, key=lambda n: ours[n])
+        drop = start - ours[best]
+        took = plan.decision.candidate or ""
+        regret, usual = (ours[took] - ours[best]) / drop, (ours[near64(ours)] - ours[best]) / drop
+        good = [n for n in ours if ours[n] <= ours[best] + 0.01 * drop]
+        right = min(good, key=lambda n: numbers[n])
+        hits = [o.low <= ends[o.candidate] <= o.high for o in plan.options if o.candidate in ends]
+        rank = spearmanr([o.loss for o in plan.options if o.candidate in ends], [*picked(plan, ends)]).statistic
+        octave = octaves_off(plan, ours, start)
+        inside, total = inside + sum(hits), total + len(hits)
+        regrets.append(regret), always.append(usual), octaves.append(octave)
+        o = next(o for o in plan.options if o.candidate == took)
+        print(
+            f"| {pair} | {start:.3f} | {plan.decision.verdict}: {took} | {o.loss:.3f} ({o.low:.3f} to {o.high:.3f}) | "
+            f"{ends[took]:.3f} | {best} {ours[best]:.3f} | {right} | {regret:.1%} | {usual:.1%} | {octave:.0f} | "
+            f"{sum(hits)} of {len(hits)} | {rank:.2f} | {plan.seconds:.0f} s | {plan.share:.0%} |"
+        )
+    print(
+        f"regret {np.mean(regrets):.2%}, always 64 {np.mean(always):.2%}; at most 1%: {sum(r <= 0.01 for r in regrets)}"
+    )
+    print(f"coverage {inside} of {total}; octaves {octaves}")
+
+
+def picked(plan: Any, ends: dict[str, float]) -> Iterator[float]:
+    yield from (ends[o.candidate] for o in plan.options if o.candidate in ends)
+
+
+def actual(pair: str) -> tuple[dict[str, float], float]:
+    """The mean loss of every arm over the judged seeds at its best rate, and the loss of the untouched model."""
+    ends: dict[str, list[float]] = defaultdict(list)
+    start = math.nan
+    for line in lines(RECORDS / pair / "comparison.jsonl"):
+        trial = Trial(**line)
+        start = trial.heldout[0][1] or math.nan
+        if trial.seed != TUNING:
+            ends[trial.candidate].append(trial.end)
+    return {n: sum(e) / len(e) for n, e in ends.items()}, start
+
+
+def near64(ours: dict[str, float]) -> str:
+    """The diagonal arm with 64 directions, or with all that there are."""
+    return max((n for n in ours if n.startswith("diagonal") and int(n.split("-")[1]) <= 64), key=k_of)
+
+
+def k_of(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def octaves_off(plan: Any, ours: dict[str, float], start: float) -> float:
+    """log2 of the K that the plan takes among the diagonal arms over the one that is right; 0 where both are flat."""
+
+    def smallest(losses: dict[str, float]) -> int:
+        best = min(losses.values())
+        return min(k_of(n) for n, e in losses.items() if e <= best + 0.01 * (start - best))
+
+    names = [n for n in ours if n.startswith("diagonal")]
+    said = {o.candidate: o.loss for o in plan.options if o.candidate in names}
+    return math.log2(smallest(said) / smallest({n: ours[n] for n in names}))
+
+
+# ---- lines
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add(path: Path, line: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("learn", "fit", "plans", "sweeps", "table"))
+    parser.add_argument("pairs", nargs="*", help="of PAIRS, or of FIT for learn; all if none is given")
+    parser.add_argument("--spend", type=float, help="seconds for a plan, on a machine that others use too")
+    given = parser.parse_args()
+    if "CTSFT_MODELS" in os.environ:
+        os.chdir(os.environ["CTSFT_MODELS"])
+    names = given.pairs or [*(FIT if given.what == "learn" else PAIRS)]
+    if given.what == "fit":
+        fit()
+    elif given.what == "plans":
+        plans(names, given.spend)
+    else:
+        {"learn": learn, "sweeps": sweeps, "table": table}[given.what](names)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""A plan: short races of a few arms on the user's own rows, what they predict, and what is recommended."""
+
+import platform
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from ctsft.adapter.config import CTConfig
+from ctsft.adapter.learned import Learned
+from ctsft.adapter.targets import find_targets
+from ctsft.files import cpu_name, versions
+from ctsft.plan.arms import ARMS, Candidate, candidate
+from ctsft.plan.choose import Option, decide
+from ctsft.plan.predict import by_size, growth, predicted
+from ctsft.plan.question import Question
+from ctsft.plan.record import Trial
+from ctsft.plan.told import Plan, Race
+from ctsft.plan.trial import Bench
+from ctsft.progress import counted
+from ctsft.spectral.weights import matrix
+from ctsft.tune.material import Material, gathered
+from ctsft.tune.measure import heldout_loss
+from ctsft.tune.record import Machine
+
+MINUTE, SHARE = 60.0, 0.03  # what a plan may take: the larger of a minute and this share of the training
+KS = (4, 16, 64, 256)
+GAINS = 64
+PEERS = ("lora-8", "lora-1", "vera-256")
+FIRST = ("diagonal-64", "lora-8", "gains-64", "diagonal-16")  # if time is short, these run and the rest is estimated
+
+# Steps of a race, rows a step, rows held out: the first that leaves time for all arms, or the last.
+LEVELS = ((12, 8, 48), (12, 4, 32), (12, 2, 24), (8, 2, 16), (6, 1, 12))
+PROBE = 4  # rows, in one forward pass, that tell how fast the machine is
+BACK = 2.5  # how much longer than a forward pass a step takes
+PASSES = 6  # that the rate takes
+AGAIN = 1 / 3  # of its rate, for an arm that races again
+
+
+def make_plan(question: Question, console: Console | None = None) -> Plan:
+    """Answer `question`: races, predictions, and a recommendation with its reasons. Nothing is written.
+
+    Takes at most 3% of the training that it plans, or a minute if that is more, after the model is loaded; or
+    `question.spend` seconds. Losses are in nats per token. Raises CTError for whatever cannot be had or does not fit.
+    """
+    console = console or Console(stderr=True, markup=False)
+    for name in question.arms or ():
+        spelled(name, KS)
+    torch.set_num_threads(question.threads)
+    transformers_logging.set_verbosity_error()
+    found = gathered(question.recipe(eval_rows=max(held for _, _, held in LEVELS)), console)
+    began = time.monotonic()
+    arms = ordered(chosen_arms(found.loaded.model, question))
+    second = seconds_a_row(found)
+    steps, size = question.allowed().length(question.steps, BACK * second * question.batch_size), question.batch_size
+    spend = question.spend or max(MINUTE, SHARE * steps * size * BACK * second)
+    race = level(len(arms), second, spend, steps, size)
+    bench = Bench(
+        found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, found.heldout[: race.heldout], race.rows
+    )
+    trials, again = races(bench, arms, race, question.seed, began + spend, console)
+    options = weighed(bench, arms, trials, again, race, question)
+    decision = decide(bench.start, options, question.allowed(), len(found.train), len(found.heldout))
+    seconds = time.monotonic() - began
+    training = next((o.seconds for o in options if o.candidate == decision.candidate), options[0].seconds)
+    return Plan(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        model=found.loaded.name,
+        data=found.corpus.name,
+        question={n: v for n, v in vars(question).items() if not n.startswith("__")},
+        rows=len(found.train),
+        heldout=len(found.heldout),
+        tokens=sum(map(len, found.train["input_ids"])) / len(found.train),
+        parameters=found.parameters,
+        start=bench.start,
+        race=race,
+        options=options,
+        decision=decision,
+        tune=command(question, decision.candidate, options),
+        seconds=round(seconds, 1),
+        share=seconds / training,
+        notes=found.notes,
+        versions=versions(),
+        machine=Machine(
+            platform=platform.platform(),
+            cpu=cpu_name(),
+            threads=question.threads,
+            device=str(found.loaded.model.device),
+        ),
+    )
+
+
+# ---- what runs
+
+
+def chosen_arms(model: Any, question: Question) -> list[Candidate]:
+    """The arms that are asked for, else a few of every size; along learned directions too, where they are at hand."""
+    most = min(min(matrix(m).shape) for m in find_targets(model, CTConfig())[0].values())
+    ks = [k for k in KS if k <= most]
+    if most < KS[-1] and most >= 1.4 * max(ks, default=1):
+        ks.append(most)
+    names = [*(question.arms or ("diagonal", f"gains-{min(GAINS, most)}", *PEERS))]
+    found = [arm for name in names for arm in spelled(name, ks)]
+    if question.basis is not None:
+        own = spelled(f"diagonal@{question.basis}", ks)
+        k = Learned.read(Path(question.basis).expanduser()).k
+        least = k if isinstance(k, int) else min(k.values())
+        found += [replace(arm, k=min(arm.k, least)) for arm in own]
+    return found
+
+
+def spelled(name: str, ks: Sequence[int]) -> list[Candidate]:
+    """The arm called `name`; one of our forms without a K stands for it at all `ks`."""
+    method, at, where = name.partition("@")
+    if method in ARMS and ARMS[method].kind == "form":
+        return [candidate(f"{method}-{k}{at}{where}") for k in ks]
+    return [candidate(name)]
+
+
+def ordered(arms: Sequence[Candidate]) -> list[Candidate]:
+    """`arms`, first those that tell most."""
+    rank = {name: i for i, name in enumerate(FIRST)}
+    return sorted(dict.fromkeys(arms), key=lambda arm: rank.get(arm.name, len(rank) - (arm.basis == "learned")))
+
+
+def seconds_a_row(found: Material) -> float:
+    """Of a forward pass over held-out rows."""
+    rows, pad = found.heldout[:PROBE], found.loaded.tokenizer.pad_token_id
+    heldout_loss(found.loaded.model, rows[:1], pad)  # the first pass of a model takes longer
+    began = time.monotonic()
+    heldout_loss(found.loaded.model, rows, pad)
+    return (time.monotonic() - began) / len(rows)
+
+
+def level(arms: int, second: float, spend: float, steps: int, size: int) -> Race:
+    """How long the races are: the longest of LEVELS that all `arms` have time for within `spend` seconds."""
+    for long, rows, held in LEVELS:
+        long, rows = min(long, steps), min(rows, size)
+        if arms * second * (BACK * rows * (PASSES + 2 * long) + held) <= spend:
+            break
+    return Race(steps=long, rows=rows, heldout=held)
+
+
+def races(
+    bench: Bench, arms: Sequence[Candidate], race: Race, seed: int, end: float, console: Console
+) -> tuple[dict[str, Trial], set[str]]:
+    """The races of `arms` that end before the clock is at `end`, as far as can be told; two at least. And the names of
+    those that ran again at a lower rate, and better."""
+    trials: dict[str, Trial] = {}
+    again: set[str] = set()
+    longest = 0.0
+    bench.start  # noqa: B018  (measured before the first race is timed)
+    with counted("racing", console.file) as show:
+        for i, (arm, factor) in enumerate(heats(arms, trials)):
+            began = time.monotonic()
+            if len(trials) >= 2 and began + longest > end:
+                break
+            show(i, 2 * len(arms), arm.name)
+            first = trials.get(arm.name)
+            trial = bench.trial(arm, seed, race.steps, first.rate * factor if first else None)
+            if first is None or trial.end < first.end:
+                trials[arm.name] = trial
+                again |= {arm.name} if first else set()
+            longest = max(longest, time.monotonic() - began)
+    return trials, again
+
+
+def heats(arms: Sequence[Candidate], trials: dict[str, Trial]) -> Iterator[tuple[Candidate, float]]:
+    """What races next, and at which share of its measured rate, while `trials` fills: every arm, then each again at a
+    lower rate. First of these are those that lost to one of fewer numbers: most often their rate is too high."""
+
+    def lost(arm: Candidate) -> bool:
+        own = trials[arm.name]
+        return any(t.trained < own.trained and t.end < own.end for t in trials.values())
+
+    yield from ((arm, 1.0) for arm in arms)
+    yield from ((arm, AGAIN) for arm in sorted(arms, key=lost, reverse=True))
+
+
+# ---- what it says
+
+
+def weighed(
+    bench: Bench,
+    arms: Sequence[Candidate],
+    trials: dict[str, Trial],
+    again: set[str],
+    race: Race,
+    question: Question,
+) -> list[Option]:
+    """What is predicted of every arm, the smallest first; one that did not run from the nearest one that did."""
+    budget, start, options = question.allowed(), bench.start, []
+    pace = sum(t.seconds for t in trials.values()) / sum(len(t.clock) for t in trials.values())
+    for arm in arms:
+        trial = trials.get(arm.name)
+        if trial:
+            trained, weight, memory = trial.trained, trial.adapter_bytes, trial.memory_bytes
+            near, further = trial, 0.0
+        else:
+            with bench.equipped(arm, question.seed) as equipped:
+                trained, weight = equipped.trained, equipped.adapter_bytes()
+                memory = equipped.memory_bytes + 12 * trained  # gradients and Adam's two moments
+            near = nearest(arm, trained, trials)
+            further = by_size(near.trained, trained)
+        own = trial.seconds / len(trial.clock) if trial and trial.clock else pace
+        step = own * question.batch_size / race.rows
+        steps = budget.length(question.steps, step)
+        log_growth = growth(min(race.steps, steps), steps, race.rows, question.batch_size, trained) + further
+        told = predicted(start, start - near.end, log_growth, raced=trial is not None)
+        options.append(
+            Option(
+                candidate=arm.name,
+                ours=arm.arm.kind == "form",
+                raced=trial is not None,
+                rate=trial.rate if trial else None,
+                again=arm.name in again,
+                race=trial.end if trial and not trial.diverged else None,
+                steps=steps,
+                loss=told.loss,
+                low=told.low,
+                high=told.high,
+                trained=trained,
+                adapter_bytes=weight,
+                memory_bytes=memory,
+                seconds=steps * step,
+                fits=budget.fits(trained, weight),
+            )
+        )
+    return sorted(options, key=lambda o: (o.trained, o.candidate))
+
+
+def nearest(arm: Candidate, trained: int, trials: dict[str, Trial]) -> Trial:
+    """The trial of the arm that is most like `arm`: of its method if there is one, and of a size near its own."""
+    alike = [t for name, t in trials.items() if name.startswith(arm.method)] or [*trials.values()]
+    return min(alike, key=lambda t: abs(by_size(t.trained, trained)))
+
+
+def command(question: Question, name: str | None, options: Sequence[Option]) -> str | None:
+    """The command that trains the arm called `name`."""
+    if name is None:
+        return None
+    chosen, told = candidate(name), next(o for o in options if o.candidate == name)
+    words = ["ctsft", "tune", "--model", question.model, "--data", question.data, "--k", str(chosen.k)]
+    words += ["--form", chosen.method] * (chosen.method != "diagonal")
+    words += ["--basis", chosen.basis_file or chosen.basis] * (chosen.basis != "random")
+    given = {"steps": told.steps, "batch_size": question.batch_size, "limit": question.limit, "seed": question.seed}
+    defaults = {"steps": 120, "batch_size": 8, "limit": None, "seed": 0}
+    for n, value in given.items():
+        words += [f"--{n.replace('_', '-')}", str(value)] * (value != defaults[n])
+    words += ["--lr", f"{told.rate:g}"] * told.again
+    return shlex.join(words)

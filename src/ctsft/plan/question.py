@@ -1,0 +1,85 @@
+"""The question of `ctsft plan`: every choice, with its default and its limits."""
+
+import dataclasses
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from ctsft.choices import ModelDtype, about
+from ctsft.errors import CTError, wrong_fields
+from ctsft.plan.budget import Budget, parse_budget
+from ctsft.tune.recipe import MOST, Count, Recipe, make_recipe, option
+
+PLANNING = "Planning"
+
+
+def as_tuned(name: str) -> Any:
+    """The field `name` of a recipe, with its default and description."""
+    field = Recipe.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata={"group": PLANNING} | dict(field.metadata))
+
+
+@dataclass(config=ConfigDict(extra="forbid"))
+class Question:
+    """What `ctsft plan` is asked. Unknown fields are refused."""
+
+    model: str = as_tuned("model")
+    data: str = as_tuned("data")
+    prompt_column: str | None = as_tuned("prompt_column")
+    completion_column: str | None = as_tuned("completion_column")
+    limit: Count | None = as_tuned("limit")
+    heldout: Annotated[float, Field(gt=0, le=MOST)] = as_tuned("heldout")
+    max_length: Annotated[int, Field(ge=2, le=MOST)] = as_tuned("max_length")
+    dtype: ModelDtype = as_tuned("dtype")
+
+    budget: str | None = option(
+        PLANNING, None, "What there is to spend: 15 min, 20 KB, 2000 steps or 5000 numbers; two with a comma between."
+    )
+    steps: Count = option(PLANNING, 120, "Optimizer steps, where the budget says neither steps nor a time.")
+    batch_size: Count = as_tuned("batch_size")
+    basis: str | None = dataclasses.field(
+        default=None,
+        metadata=about("Folder of learned directions that are at hand; they are weighed with the rest.")
+        | {"group": PLANNING, "metavar": "FOLDER"},
+    )
+    arms: list[str] | None = option(
+        PLANNING,
+        None,
+        "Arms to weigh, repeatable: diagonal-16, lora-8, core (at several K); without it, a few of each size.",
+    )
+    spend: Annotated[float, Field(gt=0, le=MOST)] | None = option(
+        PLANNING, None, "Seconds that planning may take; without it, 3% of the training or a minute, if that is more."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = as_tuned("seed")
+    threads: Annotated[int, Field(ge=1, le=1024)] = as_tuned("threads")
+
+    def __post_init__(self) -> None:
+        self.allowed()
+
+    def allowed(self) -> Budget:
+        """The budget; CTError where it is not understood."""
+        return parse_budget(self.budget)
+
+    def recipe(self, **changes: Any) -> Recipe:
+        """The recipe of a training with the model and rows of this question, and `changes`."""
+        shared = {
+            n: v for n, v in dataclasses.asdict(self).items() if n in Recipe.__dataclass_fields__ and n != "basis"
+        }
+        return make_recipe(shared | changes)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(Question))
+
+
+def make_question(values: dict[str, Any]) -> Question:
+    """A Question, or one CTError that names every wrong field."""
+    try:
+        return Question(**values)
+    except TypeError as error:  # a name that stands for the object itself
+        raise CTError(f"the options are wrong: {error}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        if not first["loc"]:  # all fields are right, the budget is not understood
+            raise first["ctx"]["error"] from None
+        raise CTError(f"the options are wrong: {wrong_fields(error, values)}.") from None

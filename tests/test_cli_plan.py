@@ -1,0 +1,89 @@
+import json
+import re
+
+import pytest
+
+from command import assert_one_sentence, options
+from ctsft.files import read_json
+from ctsft.plan import plan as plans
+from ctsft.plan.told import read_plan
+from ctsft.tune.recipe import read_recipe
+
+SMALL = "--steps 12 --batch-size 4 --heldout 10 --max-length 64 --arms diagonal-2 --arms diagonal-8 --arms lora-1"
+
+
+@pytest.fixture(scope="module")
+def asked(files):
+    return ["--model", files[0], "--data", files[1], *SMALL.split()]
+
+
+def test_a_plan_is_told_and_kept(ctsft, asked, tmp_path):
+    code, out, _ = ctsft("plan", *asked, "--out", tmp_path / "new" / "p")
+    found = read_plan(tmp_path / "new" / "p" / "plan.json")
+    assert code == 0
+    for o in found.options:
+        assert re.search(rf"{o.candidate}\s.*{o.trained:,}\s.*{o.loss:.3f}\s.*{o.low:.3f} to {o.high:.3f}", out)
+    assert found.decision.why[0] in " ".join(out.split())
+    assert found.tune in out
+    page = (tmp_path / "new" / "p" / "plan.html").read_text()
+    assert page.count("<svg") == 2 and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+    assert all(o.candidate in page for o in found.options) and found.tune.split(" --data")[0] in page
+
+
+def test_json_is_the_whole_plan_and_nothing_is_written(ctsft, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = ctsft("plan", *asked, "--json")
+    assert code == 0 and {o["candidate"] for o in json.loads(out)["options"]} == {"diagonal-2", "diagonal-8", "lora-1"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_are_one_sentence(ctsft, asked, tmp_path):
+    assert_one_sentence(ctsft("plan", *asked, "--budget", "much"), "--budget 'much'", "15 min")
+    assert_one_sentence(ctsft("plan", *asked, "--arms", "lorra"), "no arm 'lorra'")
+    (tmp_path / "file").write_text("")
+    assert_one_sentence(ctsft("plan", *asked, "--out", tmp_path / "file"), "is no folder")
+    assert_one_sentence(ctsft("plan", "--steps", "0"), "steps")
+
+
+def test_a_file_that_is_no_plan_is_told(tmp_path):
+    from ctsft.errors import CTError
+
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(CTError, match="is no plan of this ctsft"):
+        read_plan(tmp_path / "plan.json")
+
+
+# ---- ctsft tune --k auto
+
+
+def automatic(files, *more):
+    words = options(files)
+    words[words.index("--k") + 1] = "auto"
+    return [*words, *more]
+
+
+def test_k_auto_is_chosen_before_the_run_and_kept_by_resume(ctsft, files, tmp_path, monkeypatch):
+    code, _, err = ctsft("tune", *automatic(files), "--form", "gains", "--out", tmp_path / "r", "--allow-worse")
+    assert code == 0
+    recipe, found = read_recipe(tmp_path / "r" / "recipe.json"), read_plan(tmp_path / "r" / "plan.json")
+    assert [o.candidate.split("-")[0] for o in found.options] == ["gains"] * 3
+    assert recipe.k == int(found.decision.candidate.split("-")[1]) and recipe.form == "gains"
+    assert recipe.lr == (found.chosen.rate if found.chosen.again else "auto")
+    assert found.decision.why[0] in " ".join(err.split())
+    assert read_json(tmp_path / "r" / "run.json")["recipe"]["k"] == recipe.k
+
+    monkeypatch.setattr(plans, "make_plan", None)  # whoever plans now fails
+    (tmp_path / "r" / "run.json").unlink()
+    code, _, err = ctsft("tune", "--resume", "--k", "auto", "--out", tmp_path / "r", "--allow-worse")
+    assert code == 0 and read_recipe(tmp_path / "r" / "recipe.json") == recipe
+
+
+def test_k_auto_says_what_it_cannot_plan(ctsft, files, tmp_path):
+    told = ctsft("tune", *automatic(files), "--target", "q_proj", "--out", tmp_path / "r")
+    assert_one_sentence(told, "--k auto", "target_modules")
+    assert not (tmp_path / "r").exists()
+
+
+def test_k_auto_refuses_a_folder_before_it_plans(ctsft, files, finished, monkeypatch):
+    monkeypatch.setattr(plans, "make_plan", None)
+    assert_one_sentence(ctsft("tune", *automatic(files), "--out", finished), "holds a run that is finished")

@@ -1,0 +1,149 @@
+"""A plan on a tiny model: what races, what is predicted from it, and that the time is kept."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ctsft.errors import CTError
+from ctsft.plan import plan as plans
+from ctsft.plan.arms import candidate
+from ctsft.plan.plan import KS, heats, level, make_plan, ordered, spelled
+from ctsft.plan.predict import growth, predicted
+from ctsft.plan.question import make_question
+from ctsft.plan.record import Trial
+from ctsft.plan.told import Plan
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def question(files, **changes):
+    small = {"batch_size": 4, "heldout": 10, "max_length": 64, "steps": 24}
+    return make_question({"model": files[0], "data": files[1]} | small | changes)
+
+
+@pytest.fixture(scope="module")
+def made(files):
+    return make_plan(question(files), quiet())
+
+
+def test_every_size_and_every_peer_is_weighed_the_smallest_first(made):
+    names = [o.candidate for o in made.options]
+    assert sorted(names) == sorted(
+        ["diagonal-4", "diagonal-16", "diagonal-32", "gains-32", "lora-1", "lora-8", "vera-256"]
+    )
+    numbers = [o.trained for o in made.options]
+    assert numbers == sorted(numbers) and made.options[0].candidate == "diagonal-4"
+    assert [o.candidate for o in made.options if not o.ours] == ["lora-1", "vera-256", "lora-8"]
+    assert all(o.raced and o.fits and o.steps == 24 for o in made.options)
+
+
+def test_predictions_follow_from_the_races(made):
+    assert made.race.steps == 12 and made.race.rows == 4
+    for o in made.options:
+        told = predicted(made.start, made.start - o.race, growth(12, 24, 4, 4, o.trained))
+        assert (o.loss, o.low, o.high) == (told.loss, told.low, told.high)
+        assert o.race < made.start
+
+
+def test_the_race_is_the_trial_that_the_comparison_runs(files, made):
+    from ctsft.plan.trial import Bench
+    from ctsft.tune.material import gathered
+
+    found = gathered(question(files).recipe(eval_rows=48), quiet())
+    bench = Bench(found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, found.heldout, 4)
+    option = next(o for o in made.options if o.candidate == "diagonal-4")
+    assert bench.trial(candidate("diagonal-4"), 0, 12, option.rate).end == option.race
+    assert bench.start == made.start
+
+
+def test_a_plan_survives_its_file(made):
+    assert Plan.model_validate_json(made.model_dump_json()) == made
+
+
+def test_a_budget_limits_numbers_and_sets_steps(files):
+    found = make_plan(
+        question(files, arms=["diagonal-2", "diagonal-8", "lora-1"], budget="50 numbers, 12 steps"), quiet()
+    )
+    assert [(o.candidate, o.fits, o.steps) for o in found.options] == [
+        ("diagonal-2", True, 12), ("diagonal-8", False, 12), ("lora-1", False, 12),
+    ]  # fmt: skip
+    assert found.decision.candidate == "diagonal-2"
+
+
+def test_a_budget_of_time_sets_the_steps_by_the_races_pace(files):
+    found = make_plan(question(files, arms=["diagonal-4"], budget="30 s"), quiet())
+    (option,) = found.options
+    assert option.seconds <= 30 < option.seconds * (option.steps + 1) / option.steps
+
+
+def test_what_has_no_time_to_run_is_predicted_from_what_ran(files, monkeypatch):
+    now = iter(range(10**6))
+    monkeypatch.setattr(plans.time, "monotonic", lambda: float(next(now)))
+    found = make_plan(question(files, arms=["diagonal-4", "diagonal-8", "diagonal-2"], spend=0.5), quiet())
+    ran = [o.candidate for o in found.options if o.raced]
+    assert ran == ["diagonal-4", "diagonal-8"] and found.race.rows == 1 and found.race.steps == 6
+    rest = next(o for o in found.options if not o.raced)
+    assert rest.rate is None and rest.race is None and rest.trained == 2 * rest.trained // 2
+    assert rest.high - rest.low > found.options[1].high - found.options[1].low
+    assert "diagonal-2" in found.measured[-1]
+
+
+def test_arms_are_asked_for_by_name_or_at_every_k():
+    assert [a.name for a in spelled("core", (4, 16))] == ["core-4", "core-16"]
+    assert [a.name for a in spelled("gains@weight", KS)][:2] == ["gains-4@weight", "gains-16@weight"]
+    assert spelled("lora-2", KS) == [candidate("lora-2")]
+    with pytest.raises(CTError, match="lora needs a K"):
+        spelled("lora", KS)
+
+
+def test_a_wrong_arm_is_told_before_the_model_is_loaded():
+    with pytest.raises(CTError, match="no arm 'lorra-8'"):
+        make_plan(make_question({"model": "not-there", "arms": ["lorra-8"]}), quiet())
+
+
+def test_what_tells_most_runs_first_and_nothing_twice():
+    names = ["diagonal-4", "vera-256", "gains-64", "lora-8", "diagonal-64", "diagonal-4"]
+    assert [a.name for a in ordered([candidate(n) for n in names])][:3] == ["diagonal-64", "lora-8", "gains-64"]
+    assert len(ordered([candidate(n) for n in names])) == 5
+
+
+def test_races_shorten_until_all_arms_have_time():
+    assert level(8, 1e-6, 60, 120, 8).model_dump() == {"steps": 12, "rows": 8, "heldout": 48}
+    assert level(8, 1e-6, 60, 5, 2).model_dump() == {"steps": 5, "rows": 2, "heldout": 48}
+    assert level(8, 1e3, 60, 120, 8).model_dump() == {"steps": 6, "rows": 1, "heldout": 12}
+    sizes = [level(8, second, 60, 120, 8).rows for second in (1e-3, 0.02, 0.05, 0.1)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
+
+
+def trial(name, trained, end):
+    return Trial(
+        candidate=name, seed=0, rate=0.3, steps=2, horizon=2, batch_size=1, train=[5.0, 4.0],
+        heldout=[(0, 5.0), (2, end)], clock=[1.0, 2.0], trained=trained, adapter_bytes=1, memory_bytes=1,
+        diverged=False,
+    )  # fmt: skip
+
+
+def test_who_lost_to_a_smaller_arm_runs_again_first():
+    arms = [candidate(f"diagonal-{k}") for k in (64, 4, 16)]
+    ends = {64: 4.9, 4: 4.5, 16: 4.0}
+    trials, order = {}, []
+    for arm, factor in heats(arms, trials):
+        order.append((arm.k, round(factor, 2)))
+        trials[arm.name] = trial(arm.name, arm.k, ends[arm.k])
+    assert order == [(64, 1), (4, 1), (16, 1), (64, 0.33), (4, 0.33), (16, 0.33)]
+
+
+def test_the_command_trains_what_is_recommended(made):
+    assert made.tune.startswith("ctsft tune --model ")
+    assert f"--k {made.decision.candidate.partition('-')[2]} " in made.tune and "--steps 24 --batch-size 4" in made.tune
+    assert ("--lr" in made.tune) == made.chosen.again
+
+
+def test_learned_directions_at_hand_are_weighed(files, tmp_path):
+    from ctsft.adapter.learned import Learned  # noqa: F401
+
+    with pytest.raises(CTError, match="neither a kind of basis"):
+        make_plan(question(files, basis=str(tmp_path)), quiet())

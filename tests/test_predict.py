@@ -1,0 +1,33 @@
+import math
+
+import pytest
+
+from ctsft.plan import predict
+from ctsft.plan.predict import by_size, growth, predicted
+
+
+def test_a_race_as_long_as_the_training_is_the_training():
+    assert growth(12, 12, 4, 4, 1000) == 0
+    told = predicted(5.0, 1.5, 0.0)
+    assert told.loss == pytest.approx(3.5)
+    assert told.low < told.loss < told.high < 5.0
+
+
+def test_growth_is_a_power_of_the_steps_which_the_numbers_move():
+    small, large = (growth(12, 120, 4, 4, n) for n in (1_000, 100_000))
+    assert small == pytest.approx(math.log(10) * predict.GROWTH)
+    assert large == pytest.approx(math.log(10) * (predict.GROWTH + 2 * predict.BY_SIZE))
+    assert growth(12, 1200, 4, 4, 1_000) == pytest.approx(2 * small)
+    assert growth(12, 12, 2, 8, 1_000) == pytest.approx(predict.BY_ROWS * math.log(4))
+
+
+def test_a_loss_is_never_negative_and_a_race_that_rose_has_next_to_no_drop():
+    assert predicted(1.0, 0.9, 3.0).loss == 0
+    rose = predicted(3.0, -0.5, 0.5)
+    assert 2.99 < rose.low < rose.loss < rose.high < 3.0
+
+
+def test_an_arm_that_did_not_run_has_the_wider_interval():
+    ran, other = predicted(5.0, 1.5, 0.2), predicted(5.0, 1.5, 0.2, raced=False)
+    assert other.low < ran.low and ran.high < other.high and other.loss == ran.loss
+    assert by_size(1000, 1000) == 0 < by_size(1000, 2000)
