@@ -30,7 +30,7 @@ RECORDS = Path(__file__).parents[1] / "records" / "plans"
 SMALL = ("diagonal-4", "diagonal-16", "diagonal-32", "gains-32", "lora-1", "lora-8", "vera-256")  # 32: all it has
 ALL = ("diagonal-4", "diagonal-16", "diagonal-64", "diagonal-256", "gains-64", "lora-1", "lora-8", "vera-256")
 TEXT = {"max_length": 128}
-TUNING, SEEDS = 1000, (1, 2)  # plans use seed 0
+TUNING, SEEDS = 0, (1, 2)  # the plan races on seed 0, too
 
 # Model and text of every pair, with what differs from a question's defaults; seeds and arms of its sweep.
 PAIRS: dict[str, dict[str, Any]] = {
