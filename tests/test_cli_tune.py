@@ -18,8 +18,8 @@ from ctsft.cli import options as given_as
 from ctsft.cli import tune as cli
 from ctsft.errors import CTError
 from ctsft.files import read_json
+from ctsft.tune import material, trainer
 from ctsft.tune import run as train
-from ctsft.tune import trainer
 from ctsft.tune.recipe import FIELDS, Recipe, make_recipe
 from ctsft.tune.record import run_record
 
@@ -244,7 +244,7 @@ def interrupt(*_, **__):
 def test_ctrl_c_at_any_time_tells_how_to_go_on(where, ctsft, files, tmp_path, monkeypatch):
     out = tmp_path / "a run"
     with monkeypatch.context() as patch:
-        patch.setattr(train, where, interrupt)
+        patch.setattr(material if hasattr(material, where) else train, where, interrupt)
         code, printed, err = ctsft("tune", *options(files), "--out", out)
     assert (code, printed) == (130, "")
     assert "Traceback" not in err

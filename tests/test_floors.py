@@ -36,7 +36,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         "lesson",
         "learn",
     ],
-    "plan": ["arms", "record", "trial", "budget", "predict", "choose", "question", "told", "page", "plan"],
+    "plan": ["arms", "record", "trial", "budget", "predict", "choose", "question", "told", "frontier", "plan"],
     "lab": [
         *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
         *("prefix", "rules", "run"),
@@ -63,7 +63,7 @@ NO_TORCH = {
     *("data.sql.worker", "data.sql.execution", "data.sql.examples", "data.template"),
     *("pages.words", "pages.plot", "pages.render"),
     *("plan.arms", "plan.record", "plan.budget", "plan.predict", "plan.choose", "plan.question", "plan.told"),
-    *("plan.page", "cli.plan"),
+    *("plan.frontier", "cli.plan"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
     *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
     *("lab.verdicts", "lab.drawing", "lab.figures", "lab.page"),

@@ -43,7 +43,7 @@ def test_every_size_and_every_peer_is_weighed_the_smallest_first(made):
 def test_predictions_follow_from_the_races(made):
     assert made.race.steps == 12 and made.race.rows == 4
     for o in made.options:
-        told = predicted(made.start, made.start - o.race, growth(12, 24, 4, 4, o.trained))
+        told = predicted(made.start, made.start - o.race, growth(12, 24, 4, 4, o.trained), 2.0)
         assert (o.loss, o.low, o.high) == (told.loss, told.low, told.high)
         assert o.race < made.start
 

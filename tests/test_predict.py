@@ -8,9 +8,15 @@ from ctsft.plan.predict import by_size, growth, predicted
 
 def test_a_race_as_long_as_the_training_is_the_training():
     assert growth(12, 12, 4, 4, 1000) == 0
-    told = predicted(5.0, 1.5, 0.0)
+    told = predicted(5.0, 1.5, 0.0, 1.0)
     assert told.loss == pytest.approx(3.5)
-    assert told.low < told.loss < told.high < 5.0
+    assert told.low == pytest.approx(5 - 1.5 * math.exp(predict.ARM))
+    assert told.high == pytest.approx(5 - 1.5 / math.exp(predict.ARM))
+
+
+def test_the_further_ahead_the_wider():
+    near, far = predicted(5.0, 1.0, 0.1, 2.0), predicted(5.0, 1.0, 0.1, 100.0)
+    assert far.low < near.low < near.loss == far.loss < near.high < far.high < 5
 
 
 def test_growth_is_a_power_of_the_steps_which_the_numbers_move():
@@ -22,12 +28,12 @@ def test_growth_is_a_power_of_the_steps_which_the_numbers_move():
 
 
 def test_a_loss_is_never_negative_and_a_race_that_rose_has_next_to_no_drop():
-    assert predicted(1.0, 0.9, 3.0).loss == 0
-    rose = predicted(3.0, -0.5, 0.5)
+    assert predicted(1.0, 0.9, 3.0, 10.0).loss == 0
+    rose = predicted(3.0, -0.5, 0.5, 10.0)
     assert 2.99 < rose.low < rose.loss < rose.high < 3.0
 
 
 def test_an_arm_that_did_not_run_has_the_wider_interval():
-    ran, other = predicted(5.0, 1.5, 0.2), predicted(5.0, 1.5, 0.2, raced=False)
+    ran, other = predicted(5.0, 1.5, 0.2, 4.0), predicted(5.0, 1.5, 0.2, 4.0, raced=False)
     assert other.low < ran.low and ran.high < other.high and other.loss == ran.loss
     assert by_size(1000, 1000) == 0 < by_size(1000, 2000)

@@ -45,7 +45,7 @@ def plan(
 
 def keep(found: Plan, out: Path) -> None:
     """plan.json and plan.html in folder `out`."""
-    from ctsft.plan.page import write_plan
+    from ctsft.plan.frontier import write_plan
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "plan.json", found.model_dump())

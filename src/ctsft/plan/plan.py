@@ -212,8 +212,9 @@ def weighed(
         own = trial.seconds / len(trial.clock) if trial and trial.clock else pace
         step = own * question.batch_size / race.rows
         steps = budget.length(question.steps, step)
-        log_growth = growth(min(race.steps, steps), steps, race.rows, question.batch_size, trained) + further
-        told = predicted(start, start - near.end, log_growth, raced=trial is not None)
+        raced = min(race.steps, steps)
+        log_growth = growth(raced, steps, race.rows, question.batch_size, trained) + further
+        told = predicted(start, start - near.end, log_growth, steps / raced, trial is not None)
         options.append(
             Option(
                 candidate=arm.name,

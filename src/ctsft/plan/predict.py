@@ -1,22 +1,21 @@
 """From a short race to the held-out loss after many steps, with an interval: what records teach, in a few constants.
 
-`scripts/check_plans.py fit` makes the constants from records/plans/fit.jsonl: races of 12 steps (and 6) beside whole
-trainings of the same arms on models and texts that no plan was checked on.
+`scripts/check_plans.py fit` makes them from races beside whole trainings of the same arms (records/plans/fit.jsonl) and
+from the laboratory's arms, on models and texts that plans are not checked on. Each pair has the same weight.
 """
 
 import math
 from dataclasses import dataclass
 
-GROWTH = 0.17  # log of the drop gained for every log of the steps, for an arm of 1,000 numbers
-BY_SIZE = -0.03  # more of it for every tenfold of the numbers that train
-BY_ROWS = 0.22  # log of the drop gained for every log of the rows a step
+GROWTH = 0.18  # log of the drop gained for every log of the steps, for an arm of 1,000 numbers
+BY_SIZE = 0.024  # more of it for every tenfold of the numbers that train
+BY_ROWS = 0.07  # log of the drop gained for every log of the rows a step
 SIZE = 0.14  # log of the drop for every log of the numbers that train: for an arm that did not run, beside one that did
 
-# Residuals of the log of the drop on pairs left out of the fit, 5% and 95%; of an arm beside the others of its pair
-# (half of that interval); of an arm that did not run.
-LOW, HIGH = -0.25, 0.25
-RELATIVE = 0.12
-UNRACED = 0.3
+# What these miss on pairs left out, as half a 90% interval of the log of the drop: for every log of the steps, alike
+# for all arms of a pair; of each arm by itself; of an arm beside another that raced on the same rows; of one that did
+# not race.
+PAIR, ARM, RELATIVE, UNRACED = 0.19, 0.2, 0.16, 0.3
 
 LEAST = 1e-3  # nats per token: a drop that is smaller, or a rise, counts as this
 
@@ -36,13 +35,15 @@ def growth(race_steps: int, steps: int, race_rows: int, rows: int, trained: int)
     return longer * (GROWTH + BY_SIZE * (math.log10(trained) - 3)) + BY_ROWS * math.log(rows / race_rows)
 
 
-def predicted(start: float, drop: float, log_growth: float, raced: bool = True) -> Prediction:
-    """The prediction for an arm whose `drop`, of a race or of another arm, grows by exp(`log_growth`) from `start`."""
+def predicted(start: float, drop: float, log_growth: float, longer: float, raced: bool = True) -> Prediction:
+    """The prediction for an arm whose `drop`, of a race or of another arm, grows by exp(`log_growth`) from `start`.
+
+    longer: how many times as many steps as the race the training has.
+    """
     middle = math.log(max(drop, LEAST)) + log_growth
-    more = 0.0 if raced else UNRACED
-    low, high = -math.hypot(LOW, more), math.hypot(HIGH, more)
-    loss, worst, best = (start - math.exp(middle + x) for x in (0.0, low, high))
-    return Prediction(max(loss, 0.0), max(best, 0.0), max(worst, 0.0))
+    half = math.hypot(ARM, PAIR * math.log(longer), 0.0 if raced else UNRACED)
+    loss, best, worst = (max(start - math.exp(middle + x), 0.0) for x in (0.0, half, -half))
+    return Prediction(loss, best, worst)
 
 
 def by_size(raced: int, trained: int) -> float:
