@@ -69,3 +69,5 @@ def test_intervals_that_overlap_wholly_tell_nothing():
 def test_races_that_may_not_have_helped_tell_nothing():
     found = decided(option("diagonal-16", 4.9, 100, high=5.1), option("diagonal-64", 4.95, 400))
     assert found.verdict == "cannot tell" and "do not show that training helps" in found.why[0]
+    found = decided(*curve(4.998, 4.99, 4.98))
+    assert (found.verdict, found.candidate) == ("cannot tell", "diagonal-64") and "hardly lowered" in found.why[0]

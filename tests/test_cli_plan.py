@@ -72,7 +72,7 @@ def test_k_auto_is_chosen_before_the_run_and_kept_by_resume(ctsft, files, tmp_pa
     assert found.decision.why[0] in " ".join(err.split())
     assert read_json(tmp_path / "r" / "run.json")["recipe"]["k"] == recipe.k
 
-    monkeypatch.setattr(plans, "make_plan", None)  # whoever plans now fails
+    monkeypatch.setattr(plans, "answered", None)  # whoever plans now fails
     (tmp_path / "r" / "run.json").unlink()
     code, _, err = ctsft("tune", "--resume", "--k", "auto", "--out", tmp_path / "r", "--allow-worse")
     assert code == 0 and read_recipe(tmp_path / "r" / "recipe.json") == recipe
@@ -85,5 +85,5 @@ def test_k_auto_says_what_it_cannot_plan(ctsft, files, tmp_path):
 
 
 def test_k_auto_refuses_a_folder_before_it_plans(ctsft, files, finished, monkeypatch):
-    monkeypatch.setattr(plans, "make_plan", None)
+    monkeypatch.setattr(plans, "answered", None)
     assert_one_sentence(ctsft("tune", *automatic(files), "--out", finished), "holds a run that is finished")

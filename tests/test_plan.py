@@ -8,7 +8,7 @@ from rich.console import Console
 from ctsft.errors import CTError
 from ctsft.plan import plan as plans
 from ctsft.plan.arms import candidate
-from ctsft.plan.plan import KS, heats, level, make_plan, ordered, spelled
+from ctsft.plan.plan import KS, answered, heats, level, ordered, spelled
 from ctsft.plan.predict import growth, predicted
 from ctsft.plan.question import make_question
 from ctsft.plan.record import Trial
@@ -26,7 +26,7 @@ def question(files, **changes):
 
 @pytest.fixture(scope="module")
 def made(files):
-    return make_plan(question(files), quiet())
+    return answered(question(files), quiet())
 
 
 def test_every_size_and_every_peer_is_weighed_the_smallest_first(made):
@@ -64,7 +64,7 @@ def test_a_plan_survives_its_file(made):
 
 
 def test_a_budget_limits_numbers_and_sets_steps(files):
-    found = make_plan(
+    found = answered(
         question(files, arms=["diagonal-2", "diagonal-8", "lora-1"], budget="50 numbers, 12 steps"), quiet()
     )
     assert [(o.candidate, o.fits, o.steps) for o in found.options] == [
@@ -74,7 +74,7 @@ def test_a_budget_limits_numbers_and_sets_steps(files):
 
 
 def test_a_budget_of_time_sets_the_steps_by_the_races_pace(files):
-    found = make_plan(question(files, arms=["diagonal-4"], budget="30 s"), quiet())
+    found = answered(question(files, arms=["diagonal-4"], budget="30 s"), quiet())
     (option,) = found.options
     assert option.seconds <= 30 < option.seconds * (option.steps + 1) / option.steps
 
@@ -82,9 +82,9 @@ def test_a_budget_of_time_sets_the_steps_by_the_races_pace(files):
 def test_what_has_no_time_to_run_is_predicted_from_what_ran(files, monkeypatch):
     now = iter(range(10**6))
     monkeypatch.setattr(plans.time, "monotonic", lambda: float(next(now)))
-    found = make_plan(question(files, arms=["diagonal-4", "diagonal-8", "diagonal-2"], spend=0.5), quiet())
+    found = answered(question(files, arms=["diagonal-4", "diagonal-8", "diagonal-2"], spend=0.5), quiet())
     ran = [o.candidate for o in found.options if o.raced]
-    assert ran == ["diagonal-4", "diagonal-8"] and found.race.rows == 1 and found.race.steps == 6
+    assert ran == ["diagonal-4", "diagonal-8"] and found.race.rows == 2 and found.race.steps == 8
     rest = next(o for o in found.options if not o.raced)
     assert rest.rate is None and rest.race is None and rest.trained == 2 * rest.trained // 2
     assert rest.high - rest.low > found.options[1].high - found.options[1].low
@@ -101,7 +101,7 @@ def test_arms_are_asked_for_by_name_or_at_every_k():
 
 def test_a_wrong_arm_is_told_before_the_model_is_loaded():
     with pytest.raises(CTError, match="no arm 'lorra-8'"):
-        make_plan(make_question({"model": "not-there", "arms": ["lorra-8"]}), quiet())
+        answered(make_question({"model": "not-there", "arms": ["lorra-8"]}), quiet())
 
 
 def test_what_tells_most_runs_first_and_nothing_twice():
@@ -113,8 +113,8 @@ def test_what_tells_most_runs_first_and_nothing_twice():
 def test_races_shorten_until_all_arms_have_time():
     assert level(8, 1e-6, 60, 120, 8).model_dump() == {"steps": 12, "rows": 8, "heldout": 48}
     assert level(8, 1e-6, 60, 5, 2).model_dump() == {"steps": 5, "rows": 2, "heldout": 48}
-    assert level(8, 1e3, 60, 120, 8).model_dump() == {"steps": 6, "rows": 1, "heldout": 12}
-    sizes = [level(8, second, 60, 120, 8).rows for second in (1e-3, 0.02, 0.05, 0.1)]
+    assert level(8, 1e3, 60, 120, 8).model_dump() == {"steps": 8, "rows": 2, "heldout": 16}
+    sizes = [level(8, second, 60, 120, 8).rows for second in (1e-3, 0.02, 0.05)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
 
 
@@ -146,4 +146,17 @@ def test_learned_directions_at_hand_are_weighed(files, tmp_path):
     from ctsft.adapter.learned import Learned  # noqa: F401
 
     with pytest.raises(CTError, match="neither a kind of basis"):
-        make_plan(question(files, basis=str(tmp_path)), quiet())
+        answered(question(files, basis=str(tmp_path)), quiet())
+
+
+def test_plans_are_public(files, made):
+    import ctsft
+
+    found = ctsft.make_plan(
+        console=quiet(), model=files[0], data=files[1], batch_size=4, heldout=10, max_length=64, steps=24, threads=1
+    )
+    assert found.options == [
+        o.model_copy(update={"seconds": f.seconds}) for o, f in zip(made.options, found.options, strict=True)
+    ]
+    with pytest.raises(CTError, match="bugdet"):
+        ctsft.make_plan(bugdet="1 min")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ctsft.adapter.resize import resize
     from ctsft.adapter.store import save_adapter
     from ctsft.adapter.swap import hotswap
+    from ctsft.plan.plan import make_plan
     from ctsft.spectral.universal import universal_basis
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "learn_basis",
     "learning_rate",
     "load_adapter",
+    "make_plan",
     "resize",
     "save_adapter",
     "universal_basis",
@@ -48,6 +50,7 @@ HOMES = {
     "learn_basis": "adapter.learn",
     "learning_rate": "adapter.rate",
     "load_adapter": "adapter.read",
+    "make_plan": "plan.plan",
     "resize": "adapter.resize",
     "save_adapter": "adapter.store",
     "universal_basis": "spectral.universal",

@@ -30,8 +30,8 @@ def plan(
         raise CTError(f"{out} is no folder; give another --out.")
     try:
         with waiting(err, "starting"):
-            from ctsft.plan.plan import make_plan
-        found = make_plan(question, err)
+            from ctsft.plan.plan import answered
+        found = answered(question, err)
     except KeyboardInterrupt:
         say("stopped; nothing was written", "yellow")
         raise typer.Exit(130) from None

@@ -96,12 +96,12 @@ def plan_of(values: dict[str, Any], out: Path, resume: bool, overwrite: bool) ->
     if other:
         raise CTError(f"--k auto tries adapters without {', '.join(other)}; leave that out, or give a number for --k.")
     with waiting(err, "starting"):
-        from ctsft.plan.plan import make_plan
+        from ctsft.plan.plan import answered
         from ctsft.tune.folder import check_folder
     check_folder(fixed, out, resume, overwrite)
     where = "" if fixed.basis == "random" else f"@{fixed.basis_file or fixed.basis}"
     asked = {n: v for n, v in fixed.values().items() if n in FIELDS and n != "basis"}
-    found = make_plan(make_question(asked | {"arms": [fixed.form + where]}), err)
+    found = answered(make_question(asked | {"arms": [fixed.form + where]}), err)
     say(headline(found), "bold")
     for sentence in found.decision.why:
         say(sentence, "dim")

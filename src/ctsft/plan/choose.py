@@ -11,6 +11,7 @@ from ctsft.plan.predict import RELATIVE
 from ctsft.tune.record import Part
 
 FLAT = 0.01  # of the best arm's predicted drop: arms that lose no more are as good, and the smallest of them is taken
+HARDLY = 0.005  # of the untouched loss: a predicted drop that is no more tells nothing
 FEW = 8  # rows, of those to train on and of those held out, below which nothing is told
 
 Verdict = Literal["recommended", "cannot tell", "nothing fits"]
@@ -83,6 +84,8 @@ def doubt(start: float, ours: Sequence[Option], best: Option, rows: int, heldout
     """Why nothing can be told, if so."""
     if min(rows, heldout) < FEW:
         return [f"There are {rows} rows to train on and {heldout} held out; below {FEW} of either, chance decides."]
+    if start - best.loss < HARDLY * start:
+        return [f"The races hardly lowered the loss: from {start:.3f}, the best arm is predicted at {best.loss:.3f}."]
     if best.high >= start:
         return [
             f"The best arm is predicted at {best.loss:.3f}, and its interval reaches {best.high:.3f}, no better "

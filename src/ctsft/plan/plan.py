@@ -20,7 +20,7 @@ from ctsft.files import cpu_name, versions
 from ctsft.plan.arms import ARMS, Candidate, candidate
 from ctsft.plan.choose import Option, decide
 from ctsft.plan.predict import by_size, growth, predicted
-from ctsft.plan.question import Question
+from ctsft.plan.question import Question, make_question
 from ctsft.plan.record import Trial
 from ctsft.plan.told import Plan, Race
 from ctsft.plan.trial import Bench
@@ -37,19 +37,25 @@ PEERS = ("lora-8", "lora-1", "vera-256")
 FIRST = ("diagonal-64", "lora-8", "gains-64", "diagonal-16")  # if time is short, these run and the rest is estimated
 
 # Steps of a race, rows a step, rows held out: the first that leaves time for all arms, or the last.
-LEVELS = ((12, 8, 48), (12, 4, 32), (12, 2, 24), (8, 2, 16), (6, 1, 12))
+LEVELS = ((12, 8, 48), (12, 4, 32), (12, 2, 24), (8, 2, 16))
 PROBE = 4  # rows, in one forward pass, that tell how fast the machine is
 BACK = 2.5  # how much longer than a forward pass a step takes
 PASSES = 6  # that the rate takes
 AGAIN = 1 / 3  # of its rate, for an arm that races again
 
 
-def make_plan(question: Question, console: Console | None = None) -> Plan:
-    """Answer `question`: races, predictions, and a recommendation with its reasons. Nothing is written.
+def make_plan(*, console: Console | None = None, **options: Any) -> Plan:
+    """Say which adapter to train on one's own data; options are those of `ctsft plan`, such as model, data, budget.
 
-    Takes at most 3% of the training that it plans, or a minute if that is more, after the model is loaded; or
-    `question.spend` seconds. Losses are in nats per token. Raises CTError for whatever cannot be had or does not fit.
+    Returns the plan: `decision`, `options` (every arm with its predicted held-out loss in nats per token and a 90%
+    interval), `tune` (the command). Nothing is written. Once the model is loaded it takes at most 3% of the planned
+    training, or a minute if that is more, or `spend` seconds. Raises CTError for a mistake.
     """
+    return answered(make_question({"threads": torch.get_num_threads()} | options), console)
+
+
+def answered(question: Question, console: Console | None = None) -> Plan:
+    """`make_plan` by a Question."""
     console = console or Console(stderr=True, markup=False)
     for name in question.arms or ():
         spelled(name, KS)
