@@ -7,7 +7,7 @@ import typer
 from ctsft.cli.console import printable
 from ctsft.cli.main import literal
 
-COMMANDS = ("tune", "export", "inspect", "sample")
+COMMANDS = ("tune", "compare", "export", "inspect", "sample")
 
 
 def test_help_is_quick():

@@ -36,14 +36,17 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         "lesson",
         "learn",
     ],
-    "plan": ["arms", "record", "trial", "budget", "predict", "choose", "question", "told", "frontier", "plan"],
+    "plan": [
+        *("arms", "contest", "record", "rates", "standing", "trial", "page", "compare"),
+        *("budget", "predict", "choose", "question", "told", "frontier", "plan"),
+    ],
     "lab": [
         *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
         *("prefix", "rules", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "verdicts"),
         *("drawing", "figures", "page"),
     ],
-    "cli": ["console", "options", "lab", "plan", "tune", "basis", "adapter", "inspect", "main"],
+    "cli": ["console", "options", "lab", "compare", "plan", "tune", "basis", "adapter", "inspect", "main"],
 }
 # Plain values: verdicts, reports and --help are made without torch.
 NO_TORCH = {
@@ -57,6 +60,7 @@ NO_TORCH = {
         "cli.tune",
         "cli.adapter",
         "cli.inspect",
+        "cli.compare",
         "cli.main",
     ),
     *("data.sql.words", "data.sql.schemas", "data.sql.phrases", "data.sql.questions", "data.sql.query"),
@@ -64,6 +68,7 @@ NO_TORCH = {
     *("pages.words", "pages.plot", "pages.render"),
     *("plan.arms", "plan.record", "plan.budget", "plan.predict", "plan.choose", "plan.question", "plan.told"),
     *("plan.frontier", "cli.plan"),
+    *("plan.contest", "plan.rates", "plan.standing", "plan.page"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
     *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
     *("lab.verdicts", "lab.drawing", "lab.figures", "lab.page"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ctsft.adapter.resize import resize
     from ctsft.adapter.store import save_adapter
     from ctsft.adapter.swap import hotswap
+    from ctsft.plan.compare import compare
     from ctsft.plan.plan import make_plan
     from ctsft.spectral.universal import universal_basis
 
@@ -30,6 +31,7 @@ __all__ = [
     "CTConfig",
     "CTError",
     "calibrate",
+    "compare",
     "export_adapter",
     "hotswap",
     "learn_basis",
@@ -45,6 +47,7 @@ __version__ = "0.1.0"
 HOMES = {
     "CTConfig": "adapter.config",
     "calibrate": "adapter.calibrate",
+    "compare": "plan.compare",
     "export_adapter": "adapter.export",
     "hotswap": "adapter.swap",
     "learn_basis": "adapter.learn",

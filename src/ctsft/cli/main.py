@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from ctsft.cli.adapter import export, sample
 from ctsft.cli.basis import basis
+from ctsft.cli.compare import compare
 from ctsft.cli.console import say
 from ctsft.cli.inspect import inspect
 from ctsft.cli.lab import lab
@@ -25,6 +26,9 @@ app = typer.Typer(
 )
 app.command(epilog="Example: ctsft tune --model smollm2-135m --data my.jsonl --k 64 --steps 100 --out runs/mine")(tune)
 app.command(epilog="Example: ctsft plan --model smollm2-135m --data my.jsonl --budget '15 min' --out plans/mine")(plan)
+app.command(epilog="Example: ctsft compare --model smollm2-135m --data my.jsonl --arms lora-8,norms --steps 20")(
+    compare
+)
 app.command(epilog="Example: ctsft export runs/mine --to lora --out runs/mine/lora")(export)
 app.command(epilog="Example: ctsft inspect smollm2-135m --k 64 --plot spectra.svg")(inspect)
 app.command(epilog="Example: ctsft sample runs/mine --prompt 'How many moons has Mars?'")(sample)

@@ -15,7 +15,7 @@ from ctsft.files import cores
 
 FIRST = "Model and data"  # the heading that comes first in the help
 NAMES = {"target_modules": "target"}  # options that are not called as their field
-METAVARS = {"k": "K|PATTERN=K,...|auto", "lr": "RATE|auto", "basis": "|".join((*BASES, "FOLDER"))}
+METAVARS = {"k": "K|PATTERN=K,...|auto", "arms": "ARM,...", "lr": "RATE|auto", "basis": "|".join((*BASES, "FOLDER"))}
 DEFAULTS = {"threads": "OMP_NUM_THREADS, else all cores"}
 
 
@@ -38,13 +38,18 @@ def parse_lr(text: str) -> float | str:
         raise CTError(f"--lr {shown(text)!r} is neither a number nor auto.") from None
 
 
-PARSERS: dict[str, Callable[[str], Any]] = {"k": parse_k, "lr": parse_lr}
+def parse_arms(given: list[str]) -> list[str]:
+    """Names between commas, of one option or of several."""
+    return [name.strip() for text in given for name in text.split(",")]
+
+
+PARSERS: dict[str, Callable[[Any], Any]] = {"k": parse_k, "lr": parse_lr, "arms": parse_arms}
 
 
 def parsed(given: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, as the values of their fields."""
     said = {name: value for name, value in given.items() if value is not None}
-    return {n: PARSERS[n](v) if n in PARSERS and isinstance(v, str) else v for n, v in said.items()}
+    return {n: PARSERS[n](v) if n in PARSERS else v for n, v in said.items()}
 
 
 def default_threads() -> int:
@@ -74,7 +79,7 @@ def option_of(field: Any, hint: Any) -> inspect.Parameter:
         "--" + NAMES.get(name, name).replace("_", "-"),
         help=told,
         metavar=field.metadata.get("metavar", METAVARS.get(name, "|".join(allowed) if words else None))
-        if kind is str
+        if kind in (str, list[str])
         else None,
         rich_help_panel=group(field),
     )
