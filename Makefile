@@ -27,8 +27,8 @@ demo-fleet: setup ## learn directions from some databases, then serve one never 
 	$(BIN)/python examples/fleet.py --out runs/fleet
 
 test: export OMP_NUM_THREADS ?= 1
-test: lint ## lint, then all tests
-	$(BIN)/pytest
+test: lint ## lint, then all tests, on up to four cores
+	$(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 bench: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
 bench: setup ## run the short benchmarks and write benchmarks/RESULTS.md; best on an idle machine
