@@ -11,10 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 from command import ctsft, files, finished, wide  # noqa: F401  (fixtures of all tests of commands)
 
 torch.set_num_threads(1)
+settings.register_profile("ctsft", deadline=None)  # what is slow on a busy machine is not wrong
+settings.load_profile("ctsft")
 
 
 @pytest.fixture(autouse=True)

@@ -132,7 +132,9 @@ def show_run(run: RunRecord, out: Path) -> None:
         highlight=False,
     )
     out_console.print(
-        f"adapter {out / 'adapter'}   record {out / 'run.json'}   report {out / 'report.html'}", highlight=False
+        f"adapter {out / 'adapter'}   record {out / 'run.json'}   report {out / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
