@@ -279,7 +279,7 @@ def test_ctrl_c_while_training(ctsft, files, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_does_not_take_an_old_run_for_the_new_one(ctsft, files, finished, monkeypatch):
-    monkeypatch.setattr(train, "load_model", interrupt)
+    monkeypatch.setattr(material, "load_model", interrupt)
     code, _, err = ctsft("tune", *options(files), "--out", finished, "--overwrite")
     assert code == 130
     assert "nothing was begun" in err
