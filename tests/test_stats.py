@@ -11,9 +11,13 @@ from scipy import stats as scipy_stats
 from ctsft.errors import CTError
 from ctsft.lab.stats import (
     all_hold,
+    bounds,
+    corrected,
     correlation_z,
     holm,
     one_fails,
+    over_looks,
+    seeds_needed,
     slope,
     t_test,
 )
@@ -99,6 +103,43 @@ def test_holm_is_its_slow_twin(ps):
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 1)), min_size=1, max_size=12))
+def test_corrected_is_holm_family_by_family(pairs):
+    families, ps = zip(*pairs, strict=True)
+    found = corrected(families, ps)
+    for family in set(families):
+        within = [i for i, name in enumerate(families) if name == family]
+        assert [found[i] for i in within] == holm([ps[i] for i in within])
+
+
+def test_two_looks_cost_twice_the_smaller():
+    assert over_looks([0.01], 1) == 0.01
+    assert over_looks([0.01], 2) == over_looks([0.01, 0.4], 2) == over_looks([0.4, 0.01], 2) == 0.02
+    assert over_looks([0.9, 0.8], 2) == 1.0
+
+
+@pytest.mark.parametrize("level", [0.05, 0.001])
+def test_bounds_are_where_the_test_changes_its_mind(level):
+    found = numbers(6, mean=2.0, seed=3)
+    low, high = bounds(found, level)
+    assert t_test(found, low).above == pytest.approx(level) and t_test(found, high).below == pytest.approx(level)
+    assert bounds(found[:2], level) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("distance", "level"), [(2.0, 0.01), (1.0, 0.05), (0.7, 0.001)])
+def test_the_seeds_that_are_needed_find_it_four_times_of_five(distance, level):
+    n = seeds_needed(distance, level, 1000)
+    for seeds, least, most in ((n, 0.76, 1.0), (n - 2, 0.0, 0.81)):
+        hits = sum(t_test(numbers(seeds, mean=distance, seed=s)).above <= level for s in range(800))
+        assert least <= hits / 800 <= most, (n, seeds)
+
+
+def test_what_no_number_of_seeds_settles():
+    assert seeds_needed(0.001, 0.05, 1000) is None
+    assert seeds_needed(0.0, 0.05, 1000) is None and seeds_needed(-1.0, 0.05, 1000) is None
+    assert seeds_needed(1e6, 0.05, 1000) == 3
 
 
 def test_correlation_is_fishers_z():

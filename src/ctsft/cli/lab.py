@@ -129,6 +129,9 @@ def run_experiments(
     profile: ProfileName = "full",
     protocol: Protocol = "honest",
     seeds: Seeds = None,
+    second: Annotated[
+        bool, typer.Option("--second", help="More seeds for what open claims read, the cheapest claim first.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes, one thread each. (default: all cores)")] = None,
     engine: Annotated[str, typer.Option(help="process (this machine) or ray (pip install 'ctsft[ray]').")] = "process",
     address: Annotated[str | None, typer.Option(help="Of a Ray cluster. (default: a local one)")] = None,
@@ -141,6 +144,7 @@ def run_experiments(
 ) -> None:
     """Compute what is missing, and print each experiment's tables beside the paper's figures.
 
+    With --second open claims get the seeds of their second look (docs/laboratory.md), at the rates that are known.
     With --model or --data the experiments run on your own, and the claims that can be asked of it are judged.
     """
     from ctsft.lab.experiments import arms, left_out
@@ -151,7 +155,11 @@ def run_experiments(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     laboratory, known = opened(experiments, records, model, data, seeds)
     chosen = list(names or laboratory.experiments)
-    every = [arm for name in chosen for arm in arms(laboratory, name, profile, protocol)]
+    every = (
+        due_again(judged(experiments, laboratory, known, chosen, profile), chosen, known, laboratory.profiles[profile])
+        if second
+        else [arm for name in chosen for arm in arms(laboratory, name, profile, protocol)]
+    )
     for name in chosen:
         for why, count in left_out(laboratory, name, profile, protocol).items():
             say(f"left out of {name}: {count} arms ({why})", "yellow")
@@ -170,6 +178,18 @@ def run_experiments(
         for key, sentence in report.failed.items():
             say(f"failed: {key}: {sentence}", "red")
         raise CTError(f"{len(report.failed)} of the runs failed; the others are kept.")
+
+
+def due_again(verdicts: Any, chosen: list[str], known: Any, size: Any) -> list[Any]:
+    """The arms that open claims on the experiments `chosen` read, with the seeds of the second look."""
+    from ctsft.lab.second import second_look
+
+    if size.looks < 2:
+        raise CTError(f"this profile has no second look: its `second` must be above its {size.seeds} seeds.")
+    found = [one for one in second_look(verdicts, known, size.second) if {*one[0].claim.experiments} & {*chosen}]
+    for verdict, every, seconds in found:
+        say(f"{verdict.claim.id}: {len(every)} arms, {seconds / 60:.0f} minutes", "dim")
+    return [arm for _, every, _ in found for arm in every]
 
 
 def swept(every: list[Any], known: Any, engine: str, workers: int | None, address: str | None) -> Any:

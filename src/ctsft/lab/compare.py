@@ -72,10 +72,11 @@ def arm_runs(
     records: Mapping[str, Record],
     profile: str = "full",
     protocol: str = "honest",
+    second: bool = False,
 ) -> list[ArmRuns]:
-    """One for every arm of the experiment `name`, complete or not."""
+    """One for every arm of the experiment `name`, complete or not; `second`: with the seeds of the second look."""
     out = []
-    for arm in arms(laboratory, name, profile, protocol):
+    for arm in arms(laboratory, name, profile, protocol, second):
         choice, found = finals(arm, records)
         out.append(ArmRuns(arm.name, arm.spec, choice.lr, choice.bracketed, arm.seeds, found, arm.tunes))
     return out
@@ -105,6 +106,15 @@ def measured(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float |
     return relative(arm, arms, metric) if metric in REFERENCES else arm.values(metric)
 
 
+def references(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[ArmRuns]:
+    """The other arms that `measured` takes the metric of `arm` against: none for a metric that is its own."""
+    if rival := AHEAD.fullmatch(metric):
+        return _rivals(arm, arms, int(rival[1]))
+    if metric == DROP_LOST:
+        return _tuned(arm, arms)
+    return _bases(arm, arms, metric) if metric in REFERENCES else []
+
+
 def relative(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float | None]:
     """A loss drop divided by the same seed's drop of the reference arm: same experiment, model, text and training.
 
@@ -115,15 +125,10 @@ def relative(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float |
     """
     if metric not in REFERENCES:
         raise CTError(f"{metric!r} is no relative metric; there are {', '.join(REFERENCES)}.")
-    first, last, where = REFERENCES[metric]
-    same_in = [f for f in SETTING if f != "steps" or arm.spec.steps]  # what is untrained stands beside any training
-    found = [r for r in chosen(arms, where) if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in same_in)]
-    same = [r for r in found if r.spec.targets == arm.spec.targets]
-    found = same if len(same) == 1 else list({r.spec.key: r for r in found}.values())
+    first, last, _ = REFERENCES[metric]
+    found = _bases(arm, arms, metric)
     if not found:
         return [None] * len(arm.seeds)
-    if len(found) > 1:
-        raise CTError(f"{metric} has {len(found)} reference arms for {arm.name!r} ({where}); leave only one of them.")
     starts = dict(zip(found[0].seeds, found[0].values(first), strict=True))
     ends = dict(zip(found[0].seeds, found[0].values(last), strict=True))
 
@@ -134,16 +139,25 @@ def relative(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[float |
     return [fraction(seed, reached) for seed, reached in zip(arm.seeds, arm.values(last), strict=True)]
 
 
+def _bases(arm: ArmRuns, arms: Sequence[ArmRuns], metric: str) -> list[ArmRuns]:
+    """The reference arm of a metric of REFERENCES, if there is one; CTError for several."""
+    where = REFERENCES[metric][2]
+    same_in = [f for f in SETTING if f != "steps" or arm.spec.steps]  # what is untrained stands beside any training
+    found = [r for r in chosen(arms, where) if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in same_in)]
+    same = [r for r in found if r.spec.targets == arm.spec.targets]
+    found = same if len(same) == 1 else list({r.spec.key: r for r in found}.values())
+    if len(found) > 1:
+        raise CTError(f"{metric} has {len(found)} reference arms for {arm.name!r} ({where}); leave only one of them.")
+    return found
+
+
 def lost(arm: ArmRuns, arms: Sequence[ArmRuns]) -> list[float | None]:
     """The share of the held-out loss drop of the same arm with a tuned rate that `arm`, whose rate is by a rule, lacks
     at the same seed: 0 where it ends as low, below 0 where lower, above 1 where it ends above its start; 1 if diverged.
 
     None for the tuned arm itself and where its drop is missing or not above 0.
     """
-    alike = arm.spec.model_dump(exclude={"rule", "lr", "seed"})
-    tuned = [
-        r for r in arms if not r.spec.rule and r.tuned and r.spec.model_dump(exclude={"rule", "lr", "seed"}) == alike
-    ]
+    tuned = _tuned(arm, arms)
     if not arm.spec.rule or len(tuned) != 1:
         return [None] * len(arm.seeds)
     whole = dict(zip(tuned[0].seeds, tuned[0].values("heldout_drop"), strict=True))
@@ -157,6 +171,13 @@ def lost(arm: ArmRuns, arms: Sequence[ArmRuns]) -> list[float | None]:
     return [share(seed) for seed in arm.seeds]
 
 
+def _tuned(arm: ArmRuns, arms: Sequence[ArmRuns]) -> list[ArmRuns]:
+    """Those like `arm` whose rate is tuned and by no rule."""
+    but = {"rule", "lr", "seed"}
+    alike = arm.spec.model_dump(exclude=but)
+    return [r for r in arms if not r.spec.rule and r.tuned and r.spec.model_dump(exclude=but) == alike]
+
+
 def ahead(arm: ArmRuns, arms: Sequence[ArmRuns], rival: int) -> list[float | None]:
     """`ahead_of_kN`, paper 82's crossover: the budget in K-steps from which on `arm` ends below the arm with K = N.
 
@@ -164,13 +185,17 @@ def ahead(arm: ArmRuns, arms: Sequence[ArmRuns], rival: int) -> list[float | Non
     that both have reached, and the budgets before that do not count. None where it is not below at
     the end, where the arm of K = N has no run, and for N itself. That arm has the same name and setting.
     """
-    same = [field for field in SETTING if field != "steps"]
-    others = [r for r in arms if r.name == arm.name and r.spec.k == rival and not r.spec.schedule]
-    others = [r for r in others if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in same)]
+    others = _rivals(arm, arms, rival)
     if rival == arm.spec.k or len(others) != 1:
         return [None] * len(arm.seeds)
     runs = [{r.spec.seed: r.train_loss for r in one.records} for one in (arm, others[0])]
     return [_from(runs[0].get(seed, []), runs[1].get(seed, []), arm.spec.k, rival) for seed in arm.seeds]
+
+
+def _rivals(arm: ArmRuns, arms: Sequence[ArmRuns], k: int) -> list[ArmRuns]:
+    same = [field for field in SETTING if field != "steps"]
+    others = [r for r in arms if r.name == arm.name and r.spec.k == k and not r.spec.schedule]
+    return [r for r in others if all(getattr(r.spec, f) == getattr(arm.spec, f) for f in same)]
 
 
 def _from(losses: Sequence[float | None], rival: Sequence[float | None], k: int, its_k: int) -> float | None:

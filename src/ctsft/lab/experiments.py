@@ -29,6 +29,12 @@ class Profile(Strict):
     seeds: Annotated[int, Field(ge=1)]
     tune_seeds: Annotated[int, Field(ge=1)]
     rates: Annotated[int, Field(ge=3)] = Field(description="learning rates that a grid starts with")
+    second: int = Field(default=0, description="seeds at the second look, for what open claims read; 0: there is none")
+
+    @property
+    def looks(self) -> int:
+        """How often a claim may be judged: on the planned seeds, and once more on `second`."""
+        return 2 if self.second > self.seeds else 1
 
 
 class Figure(Strict):
@@ -175,14 +181,18 @@ def left_out(laboratory: Laboratory, name: str, profile: str = "full", protocol:
     return Counter(filter(None, (laboratory.own.refusal(spec, home) for _, spec in every)))
 
 
-def arms(laboratory: Laboratory, name: str, profile: str = "full", protocol: str = "honest") -> Iterator[Arm]:
+def arms(
+    laboratory: Laboratory, name: str, profile: str = "full", protocol: str = "honest", second: bool = False
+) -> Iterator[Arm]:
     """The arms of an experiment, lists of values multiplied out; on the user's own model and text where there are such.
 
-    `honest`: the profile's seeds and a tuned rate. `paper`: one seed, lr 5e-3, the fixed batch, constant rate.
+    `honest`: the profile's seeds (`second`: those of the second look) and a tuned rate. `paper`: one seed, lr 5e-3, the
+    fixed batch, constant rate.
     """
     home, seen = laboratory.home, set[tuple[str, str]]()
     for arm, found in _specs(laboratory, name, profile, protocol):
         spec, size = found, laboratory.profiles[profile]
+        seeds = size.second if second else min(arm.seeds or size.seeds, size.seeds)
         if laboratory.own:
             if laboratory.own.refusal(found, home):
                 continue
@@ -193,7 +203,7 @@ def arms(laboratory: Laboratory, name: str, profile: str = "full", protocol: str
         yield Arm(
             name=arm.name,
             spec=spec,
-            seeds=(0,) if protocol == "paper" else tuple(range(min(arm.seeds or size.seeds, size.seeds))),
+            seeds=(0,) if protocol == "paper" else tuple(range(seeds)),
             rates=(PAPER_LR,) if protocol == "paper" or spec.rule else arm.rates or _grid(laboratory, spec, size.rates),
             tune_seeds=size.tune_seeds,
             tune_steps=arm.tune_steps,

@@ -13,7 +13,7 @@ from functools import cached_property
 
 from ctsft.errors import CTError
 from ctsft.lab.claims import OPEN, Claim, Selection, expanded
-from ctsft.lab.compare import ArmRuns, chosen, measured
+from ctsft.lab.compare import ArmRuns, chosen, measured, references
 from ctsft.lab.spec import Spec
 from ctsft.lab.stats import Test, correlation_z, fisher, slope, t_test
 from ctsft.lab.tables import short
@@ -52,6 +52,21 @@ class Evidence:
     pools: dict[str, list[ArmRuns]]  # by experiment
     shared: Selection  # fields that a label need not repeat
     used: list[Reading] = field(default_factory=list)
+    arms: dict[str, ArmRuns] = field(default_factory=dict)  # all that was read, references with it, by their spec
+
+    def reading(self, arm: ArmRuns, pool: Sequence[ArmRuns], metric: str, label: str) -> Reading | None:
+        """What `arm` measured, None where it does not measure this; NotRun where it, or what its metric is taken
+        against, lacks seeds."""
+        every = [arm, *references(arm, pool, metric)]
+        for one in every:
+            if not one.complete or one.lr is None:
+                told = f"{one.name} [{label if one is arm else one.spec.key}]"
+                raise NotRun(f"{told} has {len(one.records)} of {len(one.seeds)} seeds")
+        found = {s: v for s, v in zip(arm.seeds, measured(arm, pool, metric), strict=True) if v is not None}
+        if not found and not any(r.diverged for r in arm.records):
+            return None
+        self.arms |= {one.spec.model_dump_json(): one for one in every}
+        return Reading(label, arm, metric, found)
 
     def readings(self, selection: Selection, metric: str) -> list[Reading]:
         """The arms of a selection. All that are missing are told at once."""
@@ -72,10 +87,8 @@ class Evidence:
         for one in expanded(self.shared | selection):
             for pool in self.pools.values():
                 for arm in chosen(pool, {n: v for n, v in one.items() if n != "experiment"}):
-                    if not arm.complete:
-                        raise NotRun(f"{arm.name} [{arm.spec.key}] has {len(arm.records)} of {len(arm.seeds)} seeds")
-                    numbers = zip(arm.seeds, measured(arm, pool, metric), strict=True)
-                    found.append(Reading(arm.spec.key, arm, metric, {s: v for s, v in numbers if v is not None}))
+                    read = self.reading(arm, pool, metric, arm.spec.key)
+                    found.append(read or Reading(arm.spec.key, arm, metric, {}))
         if not found:
             raise NotRun(f"no arm with {' '.join(f'{n}={v}' for n, v in selection.items())}")
         return found
@@ -104,13 +117,12 @@ class Evidence:
             raise CTError(f"the selection {one} fits several arms: {names}; name more fields.")
         told = []
         for arm, pool in pairs:  # arms that differ in what they probe only: the first that measures the metric
-            if not arm.complete or arm.lr is None:
-                told.append(f"{arm.name} [{label}] has {len(arm.records)} of {len(arm.seeds)} seeds")
-                continue
-            found = {s: v for s, v in zip(arm.seeds, measured(arm, pool, metric), strict=True) if v is not None}
-            if found or any(r.diverged for r in arm.records):
-                return Reading(label, arm, metric, found)
-            told.append(f"{metric} is not measured in {arm.name} [{label}]")
+            try:
+                if read := self.reading(arm, pool, metric, label):
+                    return read
+                told.append(f"{metric} is not measured in {arm.name} [{label}]")
+            except NotRun as error:
+                told.append(str(error))
         raise NotRun(told[0])
 
 

@@ -1,12 +1,13 @@
-"""The tests that a verdict rests on: one-sided t tests over seeds, their intersection, and Holm's correction."""
+"""The tests that a verdict rests on: one-sided t tests over seeds, their intersection, two looks, Holm's correction."""
 
+import bisect
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
-from scipy import stats
+from scipy.special import nctdtr, stdtr, stdtrit  # Student's distribution: not central, central, its inverse
 
 from ctsft.errors import CTError
 
@@ -40,12 +41,14 @@ def t_test(numbers: Sequence[float], bound: float = 0.0) -> Test:
     mean = statistics.fmean(numbers)
     if n < 2:
         return Test(n, mean, mean, mean, 1.0, 1.0)
-    if statistics.stdev(numbers) <= 1e-12 * math.sqrt(n) * max(abs(mean), abs(bound)):  # equal up to rounding
+    spread = statistics.stdev(numbers)
+    if spread <= 1e-12 * math.sqrt(n) * max(abs(mean), abs(bound)):  # equal up to rounding
         low, high, above, below = mean, mean, float(mean <= bound), float(mean >= bound)
     else:
-        found = stats.ttest_1samp(numbers, bound, alternative="greater")
-        low, high = map(float, stats.ttest_1samp(numbers, bound).confidence_interval(0.95))
-        above, below = float(found.pvalue), float(stats.t.cdf(found.statistic, n - 1))  # not 1 - p: it keeps its digits
+        error = spread / math.sqrt(n)
+        t, width = (mean - bound) / error, float(stdtrit(n - 1, 0.975)) * error
+        low, high = mean - width, mean + width
+        above, below = float(stdtr(n - 1, -t)), float(stdtr(n - 1, t))  # not 1 - p: it keeps its digits
     return Test(n, mean, low, high, *((above, below) if n >= SEEDS else (1.0, 1.0)))
 
 
@@ -59,6 +62,22 @@ def one_fails(ps: Sequence[float]) -> float:
     return min(1.0, min(ps) * len(ps))
 
 
+def over_looks(ps: Sequence[float], looks: int) -> float:
+    """p of a test that is made at up to `looks` planned sizes, in whatever of them were reached: the smallest p times
+    their number (Bonferroni). It only falls when a look is added, so what an earlier look has shown stands."""
+    return min(1.0, min(ps) * looks)
+
+
+def corrected(families: Sequence[str], ps: Sequence[float]) -> list[float]:
+    """p values by Holm's correction inside each family, in the given order; `families` names that of every p."""
+    adjusted = [1.0] * len(ps)
+    for family in dict.fromkeys(families):
+        within = [i for i, name in enumerate(families) if name == family]
+        for i, p in zip(within, holm([ps[i] for i in within]), strict=True):
+            adjusted[i] = p
+    return adjusted
+
+
 def holm(ps: Sequence[float]) -> list[float]:
     """p values adjusted for their number (Holm 1979), in the given order: reject those at or below the level."""
     adjusted, worst = [0.0] * len(ps), 0.0
@@ -66,6 +85,29 @@ def holm(ps: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, ps[i] * (len(ps) - rank)))
         adjusted[i] = worst
     return adjusted
+
+
+def bounds(numbers: Sequence[float], level: float) -> tuple[float, float]:
+    """The means that numbers, one a seed, leave open: one test at `level` rules out what is below the first, and one
+    what is above the second (t). Infinite for fewer than SEEDS numbers."""
+    if len(numbers) < SEEDS:
+        return -math.inf, math.inf
+    mean, n = statistics.fmean(numbers), len(numbers)
+    width = float(stdtrit(n - 1, 1 - level)) * statistics.stdev(numbers) / math.sqrt(n)
+    return mean - width, mean + width
+
+
+def seeds_needed(distance: float, level: float, most: int, power: float = 0.8) -> int | None:
+    """The fewest seeds with which a one-sided t test at `level` finds a mean that is `distance` standard deviations
+    beyond its bound, in a share `power` of experiments; None if that takes more than `most`."""
+    if not distance > 0:
+        return None
+
+    def found(n: int) -> float:
+        return 1 - float(nctdtr(n - 1, distance * math.sqrt(n), stdtrit(n - 1, 1 - level)))
+
+    place = bisect.bisect_left(range(SEEDS, most + 1), power, key=found)
+    return SEEDS + place if place <= most - SEEDS else None
 
 
 def correlation_z(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -1,8 +1,9 @@
-"""The verdict on each claim: its sides tested over seeds, corrected for all that is claimed, and what is told of it.
+"""The verdict on each claim: its sides tested over seeds, corrected for two looks and for its family.
 
 A claim is confirmed if every side is shown to be so, refuted if the contrary is shown of one, else inconclusive;
-"shown" is a one-sided t test at LEVEL after Holm's correction over all claims of the file, for confirmations and for
-refutations apart. Nothing here imports torch: verdicts are made from records alone.
+"shown" is a one-sided t test at LEVEL after Bonferroni's correction for the looks that the profile allows and Holm's
+over the claims and controls of one source, for confirmations and for refutations apart. The rule and its error rates
+stand in docs/laboratory.md. Nothing here imports torch: verdicts are made from records alone.
 """
 
 from collections import Counter
@@ -12,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from ctsft.lab.claims import Claim
 from ctsft.lab.compare import ArmRuns, arm_runs
 from ctsft.lab.experiments import Laboratory
+from ctsft.lab.opened import unsettled
 from ctsft.lab.predicates import ONE, PREDICATES, Evidence, NotRun, Reading, Side
 from ctsft.lab.records import Record
 from ctsft.lab.spec import Spec
-from ctsft.lab.stats import LEVEL, SEEDS, all_hold, holm, one_fails
+from ctsft.lab.stats import LEVEL, SEEDS, all_hold, corrected, one_fails, over_looks
 from ctsft.lab.tables import short
 
 NOT_APPLICABLE = "not applicable"  # told only where there are such claims
@@ -38,24 +40,31 @@ class Verdict:
     seeds: int = 0
     control: str = ""  # the control's verdict and detail
     side: Side | None = None  # the side that decided it, or came nearest to it
+    unsettled: str = ""  # of an open claim: what is ruled out, and how many seeds would settle it
+    due: tuple[ArmRuns, ...] = ()  # what an open claim, or its open control, would read at the second look
 
 
 class Verdicts(list[Verdict]):
     """The verdicts on all claims of a file, in its order, and what they were made from."""
 
-    def __init__(self, verdicts: Sequence[Verdict], profile: str, records: int, tests: int) -> None:
+    def __init__(
+        self, verdicts: Sequence[Verdict], profile: str, records: int, tests: Mapping[str, int], looks: str
+    ) -> None:
         super().__init__(verdicts)
-        self.profile, self.records, self.tests = profile, records, tests
+        self.profile, self.records = profile, records
+        self.tests = tests  # of claims and controls, by family
+        self.looks = looks  # in words
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """A claim, or its control, before the correction."""
+    """A claim, or its control, at one look and before the corrections."""
 
     claim: Claim
     done: str = ""  # a verdict that needs no test: "not run", or that of exact
     detail: str = ""
     sides: list[Side] = field(default_factory=list)
+    arms: tuple[ArmRuns, ...] = ()
 
     @property
     def holds(self) -> float:
@@ -73,24 +82,35 @@ def judge(
     profile: str = "full",
     aside: Mapping[str, str] = {},
 ) -> Verdicts:
-    """The verdict on every claim from the records that exist. The correction counts all claims, run or not.
+    """The verdict on every claim from the records that exist. The corrections count all claims and looks, made or not.
 
     Claims whose id is in `aside` are not judged: "not applicable", for the reason there (see `claims.applicable`).
     CTError where a claim names an experiment that is not there, or a selection fits several arms.
     """
-    pools: dict[tuple[str, str], list[ArmRuns]] = {}
     kept = [claim for claim in claims if claim.id not in aside]
-    for claim in kept:
-        for name in claim.experiments:
-            key = (name, claim.protocol)
-            if key not in pools:
-                pools[key] = arm_runs(laboratory, name, records, profile, claim.protocol)
     every = [one for claim in kept for one in ([claim, claim.control()] if claim.artefact else [claim])]
-    judged = [_judged(one, {n: pools[n, one.protocol] for n in one.experiments}) for one in every]
+    size = laboratory.profiles[profile]
+    looks = size.looks
+    named = {(name, one.protocol, look) for one in every for name in one.experiments for look in range(looks)}
+    pools = {
+        (name, protocol, look): arm_runs(laboratory, name, records, profile, protocol, look > 0)
+        for name, protocol, look in named
+    }
+    judged = []
+    for one in every:
+        made = [_judged(one, {n: pools[n, one.protocol, look] for n in one.experiments}) for look in range(looks)]
+        judged.append([made[0], *(later for later in made[1:] if not made[0].done and not later.done)])
     tests = [i for i, one in enumerate(every) if one.predicate != "exact"]
-    holds = dict(zip(tests, holm([judged[i].holds for i in tests]), strict=True))
-    fails = dict(zip(tests, holm([judged[i].fails for i in tests]), strict=True))
-    single = [_single(one, holds.get(i, 1.0), fails.get(i, 1.0)) for i, one in enumerate(judged)]
+    families = [every[i].source for i in tests]
+    p_holds = [over_looks([look.holds for look in judged[i]], looks) for i in tests]
+    p_fails = [over_looks([look.fails for look in judged[i]], looks) for i in tests]
+    holds = dict(zip(tests, corrected(families, p_holds), strict=True))
+    fails = dict(zip(tests, corrected(families, p_fails), strict=True))
+    counts = Counter(families)
+    single = [
+        _single(one, holds.get(i, 1.0), fails.get(i, 1.0), LEVEL / looks / max(1, counts[every[i].source]))
+        for i, one in enumerate(judged)
+    ]
     out, left = [], iter(single)
     for claim in claims:
         if claim.id in aside:
@@ -98,7 +118,8 @@ def judge(
             continue
         verdict = next(left)
         out.append(_with_control(claim, verdict, next(left)) if claim.artefact else verdict)
-    return Verdicts(out, profile, len(records), len(tests))
+    told = f"two looks (the planned seeds, and {size.second} for what is then open)" if looks == 2 else "one look"
+    return Verdicts(out, profile, len(records), counts, told)
 
 
 def _judged(claim: Claim, pools: dict[str, list[ArmRuns]]) -> _Judged:
@@ -109,7 +130,8 @@ def _judged(claim: Claim, pools: dict[str, list[ArmRuns]]) -> _Judged:
         sides = PREDICATES[claim.predicate](claim, evidence)
     except NotRun as error:
         return _Judged(claim, "not run", f"missing: {error}")
-    return _Judged(claim, "", "; ".join(filter(None, (_means(evidence.used), *_remarks(evidence.used)))), sides)
+    told = "; ".join(filter(None, (_means(evidence.used), *_remarks(evidence.used))))
+    return _Judged(claim, "", told, sides, tuple(evidence.arms.values()))
 
 
 def _equals(claim: Claim, evidence: Evidence) -> _Judged:
@@ -154,14 +176,17 @@ def _remarks(readings: Sequence[Reading]) -> list[str]:
     return out + [f"{n} runs of {label} diverged" for label, n in lost.items() if n]
 
 
-def _single(one: _Judged, holds: float, fails: float) -> Verdict:
-    if one.done:
-        return Verdict(one.claim, one.done, one.detail, seeds=0)
+def _single(looks: Sequence[_Judged], holds: float, fails: float, level: float) -> Verdict:
+    """The verdict of a claim's looks by its corrected p; told is the look that decides, or the last one. `level` is
+    what one test of it may spend."""
+    first, one = looks[0], looks[-1]
+    if first.done:
+        return Verdict(first.claim, first.done, first.detail, seeds=0)
     word, p = "inconclusive", min(holds, fails)
-    if holds <= LEVEL:
-        word, p = "confirmed", holds
-    elif fails <= LEVEL:
-        word, p = "refuted", fails
+    if holds <= LEVEL < fails:
+        word, p, one = "confirmed", holds, min(looks, key=lambda look: look.holds)
+    elif fails <= LEVEL < holds:
+        word, p, one = "refuted", fails, min(looks, key=lambda look: look.fails)
     if word == "refuted":
         side = min(one.sides, key=lambda s: (s.fails, s.margin))
     else:
@@ -169,7 +194,10 @@ def _single(one: _Judged, holds: float, fails: float) -> Verdict:
     seeds = min(s.test.n for s in one.sides)
     few = f" (fewer than {SEEDS}: no verdict)" if seeds < SEEDS else ""
     detail = "; ".join(filter(None, (side.told(), f"p {_p(p)}, {seeds} seeds{few}", one.detail)))
-    return Verdict(one.claim, word, detail, p, seeds, side=side)
+    if word != "inconclusive":
+        return Verdict(one.claim, word, detail, p, seeds, side=side)
+    due = first.arms if len(looks) == 1 else ()
+    return Verdict(one.claim, word, detail, p, seeds, "", side, unsettled(one.claim, one.sides, side, level), due)
 
 
 def _p(p: float) -> str:
@@ -185,7 +213,12 @@ def _with_control(claim: Claim, verdict: Verdict, control: Verdict) -> Verdict:
         word, detail = "artefact", f"{claim.artefact.cause} As the paper has it: {detail}"
     elif word == "confirmed" and control.verdict != "confirmed":
         word, detail = "inconclusive", f"holds as the paper has it, its control is open; {detail}"
-    return replace(verdict, verdict=word, detail=detail, control=told)
+    if word != "inconclusive":
+        return replace(verdict, verdict=word, detail=detail, control=told)
+    of_control = control.unsettled and f"Of the control: {control.unsettled}"
+    both = " ".join(filter(None, (verdict.unsettled, of_control)))
+    due = (*verdict.due, *control.due)
+    return replace(verdict, verdict=word, detail=detail, control=told, unsettled=both, due=due)
 
 
 def _changes(claim: Claim) -> str:
@@ -211,6 +244,7 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> st
 
     Claims that cannot be asked stand at the end, with the reason.
     """
+    families = ", ".join(f"{source} {count}" for source, count in verdicts.tests.items())
     lines = [
         "# Verdicts",
         "",
@@ -219,9 +253,11 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> st
         f"{told_counts(verdicts)}: {len(verdicts)} claims.",
         "",
         f"Profile `{verdicts.profile}`, {verdicts.records:,} records. Losses are in nats per token; intervals are 95% "
-        f"(t, over seeds). A claim is confirmed, or refuted, at p <= {LEVEL} after Holm's correction over the "
-        f"{verdicts.tests} tests of all claims and controls, for either direction apart; fewer than {SEEDS} seeds give "
-        "no verdict. *Artefact*: it holds as the paper has it, and the control without the named cause refutes it. "
+        f"(t, over seeds). A claim is confirmed, or refuted, at p <= {LEVEL} after correction for {verdicts.looks} and "
+        "Holm's over the claims and controls of its family, for either direction apart; fewer than "
+        f"{SEEDS} seeds give no verdict. Families and tests: {families}. The rule and its error rates stand in "
+        "`docs/laboratory.md`. *Artefact*: it holds as the paper has it, and the control without the named cause "
+        "refutes it. "
         "The effect sizes stand in `src/ctsft/lab/papers/claims.toml` and were written before the runs were read.",
     ]
     titles = {"derived": "Arithmetic on the papers' figures", "ours": "Our own expectations"}
@@ -232,7 +268,9 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> st
         lines.append("|---|---|---|---|")
         for v in judged:
             if v.claim.source == source:
-                told = "<br>".join(filter(None, (v.detail, v.control, v.claim.note and f"Note: {v.claim.note}")))
+                told = "<br>".join(
+                    filter(None, (v.detail, v.control, v.unsettled, v.claim.note and f"Note: {v.claim.note}"))
+                )
                 lines.append(f"| {v.claim.id} | {_cell(v.claim.text)} | **{v.verdict}** | {_cell(told)} |")
     if aside := [v for v in verdicts if v.verdict == NOT_APPLICABLE]:
         lines += ["", "## Not applicable", "", "| | claim | why |", "|---|---|---|"]
