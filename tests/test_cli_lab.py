@@ -33,7 +33,7 @@ def here(monkeypatch):
 def test_list_names_every_experiment(here):
     said = lab("list", "--profile", "quick")
     for path in PAPERS.glob("*.toml"):
-        assert path.stem in said or path.stem in ("defaults", "claims"), path
+        assert path.stem in said or path.stem in ("defaults", "claims", "summary"), path
 
 
 def test_from_any_folder_the_papers_are_there_and_no_run_is(tmp_path, monkeypatch):

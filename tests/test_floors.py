@@ -44,8 +44,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         *("schedule", "spec", "records", "rates", "own", "experiments", "lone", "methods", "sources", "siblings"),
         *("prefix", "rules", "run"),
         *("engines", "sweep", "metrics", "stats", "compare", "tables", "claims", "predicates", "opened"),
-        "verdicts",
-        "second",
+        *("verdicts", "second", "summary", "beside"),
         *("drawing", "figures", "page"),
     ],
     "cli": ["console", "options", "lab", "compare", "plan", "tune", "basis", "adapter", "inspect", "main"],
@@ -73,7 +72,16 @@ NO_TORCH = {
     *("plan.contest", "plan.rates", "plan.standing", "plan.page"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
     *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
-    *("lab.opened", "lab.verdicts", "lab.second", "lab.drawing", "lab.figures", "lab.page"),
+    *(
+        "lab.opened",
+        "lab.verdicts",
+        "lab.second",
+        "lab.summary",
+        "lab.beside",
+        "lab.drawing",
+        "lab.figures",
+        "lab.page",
+    ),
 }
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "accelerate"}
 

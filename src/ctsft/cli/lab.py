@@ -261,11 +261,18 @@ def verdicts(
 ) -> None:
     """Judge every claim from the records alone (no torch), and write VERDICTS.md."""
     from ctsft.files import write_text
+    from ctsft.lab.beside import beside, beside_markdown
+    from ctsft.lab.experiments import PAPERS
+    from ctsft.lab.summary import summary
     from ctsft.lab.verdicts import markdown, told_counts
 
     laboratory, known, found = judged_records(experiments, records, model, data, seeds, profile)
     own = laboratory.own
-    text = markdown(found, f"runs of {own.model} on {own.text}") if own else markdown(found)
+    if own:
+        text = markdown(found, f"runs of {own.model} on {own.text}")
+    else:
+        text = markdown(found, summary=summary(experiments or PAPERS, found))
+        text += beside_markdown(beside(laboratory, known, profile))
     path = out or (known.folder if own else Path()) / "VERDICTS.md"
     if check:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -288,8 +295,11 @@ def report(
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("runs/lab.html"),
 ) -> None:
     """Write one self-contained page: the claims first, then every experiment with its plots."""
+    from ctsft.lab.experiments import PAPERS
     from ctsft.lab.page import write_lab_report
+    from ctsft.lab.summary import summary
 
     laboratory, known, found = judged_records(experiments, records, model, data, seeds, profile)
-    write_lab_report(laboratory, known, found, out, profile, protocol)
+    sentences = [] if laboratory.own else summary(experiments or PAPERS, found)
+    write_lab_report(laboratory, known, found, out, profile, protocol, sentences)
     print(f"wrote {out} ({out.stat().st_size:,} bytes)")

@@ -59,6 +59,7 @@ class Table(Strict):
     where: dict[str, Any] = {}
     per: str = Field(default="", description="a field: a row for each of its values, over all arms that have it")
     paper: list[dict[str, Any]] = Field(default=[], description="rows of the paper, keyed like `columns`")
+    elsewhere: bool = Field(default=False, description="the paper's rows are of another setting than the arms")
 
 
 class Arms(Strict):
@@ -107,11 +108,11 @@ class Laboratory(Strict):
 
 
 def read_laboratory(folder: Path = PAPERS) -> Laboratory:
-    """`defaults.toml` and every other experiment of `folder`; CTError names the file and every wrong key."""
+    """`defaults.toml` and every experiment of `folder`; CTError names the file and every wrong key."""
     defaults = read_toml(folder / "defaults.toml")
     experiments = {}
     for path in sorted(folder.glob("*.toml"), key=lambda path: path.stem):
-        if path.name not in ("defaults.toml", "claims.toml"):
+        if path.name not in ("defaults.toml", "claims.toml", "summary.toml"):
             experiments[path.stem] = _checked(path, Experiment, {"name": path.stem} | read_toml(path))
     if not experiments:
         raise CTError(f"{folder} holds no experiment (*.toml).")

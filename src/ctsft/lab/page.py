@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ctsft.lab.beside import HEADS, beside
 from ctsft.lab.compare import ArmRuns, arm_runs, chosen
 from ctsft.lab.drawing import GLYPHS, RAMP, axis
 from ctsft.lab.experiments import Laboratory, arms
@@ -29,8 +30,9 @@ def write_lab_report(
     path: Path,
     profile: str = "full",
     protocol: str = "honest",
+    summary: Sequence[str] = (),
 ) -> None:
-    """Write the page of all experiments of `laboratory` to `path`, whole or not at all.
+    """Write the page of all experiments of `laboratory` to `path`, whole or not at all; `summary` opens it.
 
     The page needs nothing from outside it. The part of its address behind the # filters the claims, such as
     `#paper=82&verdict=refuted&q=dead zone`; without scripts all are shown. Losses are in nats per token, bars and bands
@@ -50,6 +52,9 @@ def write_lab_report(
         ],
         "papers": sorted({verdict.claim.source for verdict in verdicts}),
         "sections": sections,
+        "summary": summary,
+        "beside": [] if laboratory.own else [one.cells for one in beside(laboratory, records, profile)],
+        "heads": HEADS,
         "shown": laboratory.experiments,
         "runs": len({id(record) for s in sections for arm in s["arms"] for record in arm.records}),
         "own": laboratory.own,

@@ -36,23 +36,41 @@ def table(experiment: Experiment, table: Table, arms: Sequence[ArmRuns]) -> tupl
             raise CTError(f"experiment {experiment.name}, table {table.title!r}, column {head!r}: {error}") from None
     if table.per:
         return summary(table, arms)
-    keys = [head for head, metric in table.columns.items() if metric == "name" or metric in Spec.model_fields]
+    keys = keys_of(table)
     printed = [head for head in table.columns if head not in keys and any(head in figures for figures in table.paper)]
     heads = [name for head in table.columns for name in ([head, f"{head} (paper)"] if head in printed else [head])]
-    left = list(table.paper)
     body: list[tuple[list[Any], list[str]]] = []  # the fields that a line is placed by, and the line
+    for arm, own, figures in matched(table, arms):
+        cells = {head: cell(found) for head, found in own.items()}
+        if arm:
+            cells |= {head: spread(measured(arm, arms, m)) for head, m in table.columns.items() if head not in own}
+        body.append((list(own.values()), _line(table, printed, cells, figures)))
+    if all(isinstance(found, int | float) for place, _ in body for found in place):
+        body.sort(key=lambda one: one[0])  # else the paper's lines come last
+    return heads, [line for _, line in body]
+
+
+def keys_of(table: Table) -> list[str]:
+    """The columns that say which arm a row is of."""
+    return [head for head, metric in table.columns.items() if metric == "name" or metric in Spec.model_fields]
+
+
+def matched(table: Table, arms: Sequence[ArmRuns]) -> list[tuple[ArmRuns | None, dict[str, Any], Mapping[str, Any]]]:
+    """Rows of a table: the arm of ours, its cells in the key columns, and the paper's row that agrees in all of them.
+
+    Our arms in order, {} where the paper has no such row; then the paper's rows that no arm of ours agrees with.
+    """
+    keys, left, out = (
+        keys_of(table),
+        list(table.paper),
+        list[tuple[ArmRuns | None, dict[str, Any], Mapping[str, Any]]](),
+    )
     for arm in in_order(chosen(arms, table.where), [table.columns[head] for head in keys]):
         own = {head: field_of(arm, table.columns[head]) for head in keys}
         figures = next((f for f in left if all(own[h] == f[h] for h in keys if h in f)), {})
         left = [f for f in left if f is not figures]
-        cells = {head: cell(own[head]) if head in keys else spread(measured(arm, arms, m)) for head, m in _items(table)}
-        body.append(([own[head] for head in keys], _line(table, printed, cells, figures)))
-    for figures in left:
-        own = {head: figures.get(head) for head in keys}
-        body.append((list(own.values()), _line(table, printed, {head: cell(own[head]) for head in keys}, figures)))
-    if all(isinstance(found, int | float) for place, _ in body for found in place):
-        body.sort(key=lambda one: one[0])  # else the paper's lines come last
-    return heads, [line for _, line in body]
+        out.append((arm, own, figures))
+    return out + [(None, {head: figures.get(head) for head in keys}, figures) for figures in left]
 
 
 def summary(table: Table, arms: Sequence[ArmRuns]) -> tuple[list[str], list[list[str]]]:
@@ -82,10 +100,6 @@ def in_order(arms: Sequence[ArmRuns], fields: Sequence[str]) -> list[ArmRuns]:
         return float(found) if isinstance(found, int | float) else words[name].index(found)
 
     return sorted(arms, key=lambda arm: [place(arm, name) for name in fields if name != "lr"])
-
-
-def _items(table: Table) -> list[tuple[str, str]]:
-    return list(table.columns.items())
 
 
 def field_of(arm: ArmRuns, name: str) -> Any:

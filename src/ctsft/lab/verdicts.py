@@ -239,10 +239,10 @@ def told_counts(verdicts: Sequence[Verdict]) -> str:
     return ", ".join(f"{counts[word]} {word}" for word in VERDICTS if counts[word] or word != NOT_APPLICABLE)
 
 
-def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> str:
+def markdown(verdicts: Verdicts, made_from: str = "the committed records", summary: Sequence[str] = ()) -> str:
     """VERDICTS.md: the same text for the same records, so that comparing it shows whether it is stale.
 
-    Claims that cannot be asked stand at the end, with the reason.
+    It opens with `summary`, a sentence each. Claims that cannot be asked stand at the end, with the reason.
     """
     families = ", ".join(f"{source} {count}" for source, count in verdicts.tests.items())
     lines = [
@@ -252,6 +252,8 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records") -> st
         "",
         f"{told_counts(verdicts)}: {len(verdicts)} claims.",
         "",
+        *(f"{i}. {sentence}" for i, sentence in enumerate(summary, 1)),
+        *([""] if summary else []),
         f"Profile `{verdicts.profile}`, {verdicts.records:,} records. Losses are in nats per token; intervals are 95% "
         f"(t, over seeds). A claim is confirmed, or refuted, at p <= {LEVEL} after correction for {verdicts.looks} and "
         "Holm's over the claims and controls of its family, for either direction apart; fewer than "
