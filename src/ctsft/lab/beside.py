@@ -61,7 +61,7 @@ def beside_markdown(found: list[Beside]) -> str:
         "",
         "By `ctsft lab run --protocol paper`: one run each, lr 5e-3, one fixed batch. "
         f"{there} of the {len(found)} figures in the papers' tables have a run of ours; a dash: it is not run, or no "
-        "arm of ours has that setting. The model, the text and the batch size are not theirs, so losses need not agree.",
+        "arm of ours has that setting. The model, text and batch size are not theirs, so losses need not agree.",
         "",
         "| " + " | ".join(HEADS) + " |",
         "|" + "---|" * len(HEADS),
