@@ -119,11 +119,21 @@ def test_one_batch_or_new_text():
 
 def test_held_out_text_is_never_trained_on_and_the_same_for_all():
     held = sources.heldout_windows(spec())
-    assert held.shape == (sources.HELDOUT_WINDOWS, 12)
+    assert held.shape == (16, 12)
     assert torch.equal(held, sources.heldout_windows(spec(seed=3, k=2)))
     train, _ = sources.streams("small", "words")
     seen = {tuple(train[i : i + 12].tolist()) for i in range(len(train) - 12)}
     assert not seen & {tuple(row.tolist()) for row in held}
+
+
+def test_more_held_out_windows_are_told_part_by_part():
+    plain, more = lab.run(spec()), lab.run(spec(heldout_windows=126))
+    assert more.train_loss == plain.train_loss and "heldout_parts" not in plain.measures
+    parts = more.measures["heldout_parts"]
+    assert len(parts) == 63 and sum(parts) / 63 == pytest.approx(more.heldout[-1][1], abs=2e-6)
+    assert [step for step, _ in more.heldout] == [0, 4] and more.heldout[0] != plain.heldout[0]
+    replayed = lab.run(spec(heldout_windows=126, method="full", k=0, targets="last2"))
+    assert replayed.heldout[0] == more.heldout[0]
 
 
 def test_k_changes_in_mid_run():

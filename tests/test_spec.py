@@ -48,6 +48,7 @@ CHANGES = {
     "evaluate": (5,),
     "probes": ("coverage",),
     "probe_every": 5,
+    "heldout_windows": 126,
     "ablate": True,
     "seed": 1,
     "weights": "xxh3-1",

@@ -283,6 +283,7 @@ METRICS: dict[str, Metric] = {
     "gradient_snr": series("mean\N{SUPERSCRIPT TWO} / variance of the gradient over samples"),
     "diversity": series("effective number of gradient directions so far"),
     "ablation": measure("loss on the fixed batch, nats per token"),
+    "heldout_parts": measure("held-out loss by windows, nats per token"),
     "learned": measure("what learning the directions cost: tokens, seconds, bytes"),
     "variance_explained": measure("share of |W|\N{SUPERSCRIPT TWO} in the span of the basis"),
 }

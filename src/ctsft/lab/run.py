@@ -95,6 +95,7 @@ class Run:
         self.tuning = spec.seed in TUNE_SEEDS and spec.batches == "fixed"
         self.train_loss: list[float] = []
         self.heldout: list[tuple[int, float]] = []
+        self.heldout_parts: list[float] = []  # of the last evaluation, by `batch` windows
         self.k, self.diverged, self.flops, self.seconds = spec.k, False, 0.0, 0.0
 
     def loss(self, ids: Tensor, *name: object) -> Tensor:
@@ -110,6 +111,7 @@ class Run:
         parts = self.heldout_ids.split(self.spec.batch)
         with torch.no_grad():
             losses = [self.loss(part, "heldout", i).item() for i, part in enumerate(parts)]
+        self.heldout_parts = losses
         return sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(self.heldout_ids)
 
     def evaluate(self, step: int) -> None:
@@ -155,6 +157,8 @@ class Run:
                 self.train_loss.append(self.fixed_loss())
             if self.spec.ablate:
                 measures["ablation"] = self.ablations()
+            if self.spec.heldout_windows != Spec.model_fields["heldout_windows"].default:
+                measures["heldout_parts"] = brief(self.heldout_parts)
         return Record(spec=self.spec, **finite(self.told() | {"measures": measures}))
 
     def train(self) -> None:

@@ -13,8 +13,8 @@ def second_look(
 ) -> list[tuple[Verdict, list[Arm], float]]:
     """The open claims, each with the arms that it reads, run with `seeds` seeds, and the seconds its missing runs take.
 
-    Cheapest first, by the mean seconds of the arms' own runs. An arm is told with every claim that reads it, at the
-    rate that was chosen for it: it is not tuned again.
+    Cheapest first, by the mean seconds of training of the arms' own runs. An arm is told with every claim that reads
+    it, at the rate that was chosen for it: it is not tuned again.
     """
     out = []
     for verdict in verdicts:

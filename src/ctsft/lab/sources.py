@@ -29,8 +29,6 @@ from ctsft.models.load import Loaded, load_model, resolve
 from ctsft.spectral.basis import generator
 from ctsft.spectral.weights import fingerprint, matrix
 
-HELDOUT_WINDOWS = 16  # the same for every run on a text
-
 
 def models_folder() -> Path:
     """Where models that are not built in lie, by name: `$CTSFT_MODELS`, else `~/.cache/ctsft-models`."""
@@ -172,9 +170,9 @@ def batches(spec: Spec) -> Iterator[Tensor]:
 
 
 def heldout_windows(spec: Spec) -> Tensor:
-    """(HELDOUT_WINDOWS, length): evenly spread over the held-out stream, the same for every arm and seed."""
+    """(spec.heldout_windows, length): evenly spread over the held-out stream, the same for every arm and seed."""
     _, ids = streams(spec.model, spec.text)
-    starts = torch.linspace(0, len(ids) - spec.length, HELDOUT_WINDOWS).long()[:, None]
+    starts = torch.linspace(0, len(ids) - spec.length, spec.heldout_windows).long()[:, None]
     return ids[starts + torch.arange(spec.length)]
 
 
@@ -188,7 +186,8 @@ def named_batch(spec: Spec, *name: object) -> Tensor:
 def tokens_of(spec: Spec, *name: object) -> Spec:
     """`spec` without all that does not decide the tokens of the batch `name`: runs that share tokens share this."""
     seed = 0 if name else spec.seed
-    return Spec(model=spec.model, text=spec.text, batch=spec.batch, length=spec.length, seed=seed)
+    same = {name: getattr(spec, name) for name in ("model", "text", "batch", "length", "heldout_windows")}
+    return Spec(**same, seed=seed)
 
 
 def autocast(spec: Spec) -> AbstractContextManager[Any]:

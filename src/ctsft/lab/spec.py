@@ -70,6 +70,9 @@ class Spec(Strict):
     rule: Rule = Field(default="", description="what gives the rate in place of lr; without it the rate is tuned")
     dtype: Literal["float32", "bfloat16"] = "float32"
     evaluate: tuple[int, ...] = Field(default=(), description="steps with a held-out loss, beside the first and last")
+    heldout_windows: Annotated[int, Field(ge=1)] = Field(
+        default=16, description="windows of held-out text that are read, evenly spread over it"
+    )
     probes: tuple[Probe, ...] = ()
     probe_every: Annotated[int, Field(ge=1)] = 10
     ablate: bool = Field(default=False, description="zero trained directions after training (paper 85)")
@@ -124,7 +127,13 @@ class Arm(Strict):
 
     def tuning(self, lr: float) -> list[Spec]:
         steps = self.spec.steps if self.tune_steps is None else min(self.tune_steps, self.spec.steps)
-        measuring = ("probes", "probe_every", "ablate", "evaluate")  # so that arms that differ in these share the runs
+        measuring = (
+            "probes",
+            "probe_every",
+            "ablate",
+            "evaluate",
+            "heldout_windows",
+        )  # arms that differ here share runs
         plain: dict[str, Any] = {name: Spec.model_fields[name].default for name in measuring}
         plain |= {"lr": lr, "steps": steps}
         return [replaced(self.spec, **plain, seed=seed) for seed in TUNE_SEEDS[: self.tune_seeds]]
