@@ -186,10 +186,9 @@ def test_arms_of_the_arena_that_should_train_equally_many_numbers_do(here):
 
 
 def test_committed_records_are_whole_lines_of_this_format_in_the_file_of_their_model_and_method():
-    for path in (ROOT / "records").iterdir():
-        if path.name != ".lock":
-            *lines, end = path.read_text(encoding="utf-8").split("\n")
-            found = [json.loads(line) for line in lines]
-            assert end == "" and {record["format"] for record in found} == {1}
-            specs = [Spec(**record["spec"]) for record in found]
-            assert {f"{spec.short}-{spec.method}.jsonl" for spec in specs} == {path.name}
+    for path in (ROOT / "records").glob("*.jsonl"):
+        *lines, end = path.read_text(encoding="utf-8").split("\n")
+        found = [json.loads(line) for line in lines]
+        assert end == "" and {record["format"] for record in found} == {1}
+        specs = [Spec(**record["spec"]) for record in found]
+        assert {f"{spec.short}-{spec.method}.jsonl" for spec in specs} == {path.name}
