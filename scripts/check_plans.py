@@ -264,76 +264,93 @@ def due(name: str, have: list[Trial], pair: str) -> Iterator[tuple[int, float | 
 # ---- predicted against actual
 
 
-def table(names: Iterable[str]) -> None:
-    """A row a pair, and the sums below."""
+def judged(pair: str) -> dict[str, Any]:
+    """What came of a plan: losses of the swept arms, means over the judged seeds at their best rates."""
     from ctsft.plan.told import read_plan
 
-    inside, total, regrets, always, octaves = 0, 0, [], [], []
-    for pair in names:
-        if not (RECORDS / pair / "comparison.jsonl").exists():
-            continue
-        plan = read_plan(RECORDS / pair / "plan.json")
-        ends, start = actual(pair)
-        ours = {n: e for n, e in ends.items() if n.startswith(("diagonal", "gains"))}
-        numbers = {o.candidate: o.trained for o in plan.options}
-        best = min(ours, key=lambda n: ours[n])
-        drop = start - ours[best]
-        took = plan.decision.candidate or ""
-        regret, usual = (ours[took] - ours[best]) / drop, (ours[near64(ours)] - ours[best]) / drop
-        good = [n for n in ours if ours[n] <= ours[best] + 0.01 * drop]
-        right = min(good, key=lambda n: numbers[n])
-        hits = [o.low <= ends[o.candidate] <= o.high for o in plan.options if o.candidate in ends]
-        rank = spearmanr([o.loss for o in plan.options if o.candidate in ends], [*picked(plan, ends)]).statistic
-        octave = octaves_off(plan, ours, start)
-        inside, total = inside + sum(hits), total + len(hits)
-        regrets.append(regret), always.append(usual), octaves.append(octave)
-        o = next(o for o in plan.options if o.candidate == took)
-        print(
-            f"| {pair} | {start:.3f} | {plan.decision.verdict}: {took} | {o.loss:.3f} ({o.low:.3f} to {o.high:.3f}) | "
-            f"{ends[took]:.3f} | {best} {ours[best]:.3f} | {right} | {regret:.1%} | {usual:.1%} | {octave:.0f} | "
-            f"{sum(hits)} of {len(hits)} | {rank:.2f} | {plan.seconds:.0f} s | {plan.share:.0%} |"
-        )
-    print(
-        f"regret {np.mean(regrets):.2%}, always 64 {np.mean(always):.2%}; at most 1%: {sum(r <= 0.01 for r in regrets)}"
-    )
-    print(f"coverage {inside} of {total}; octaves {octaves}")
-
-
-def picked(plan: Any, ends: dict[str, float]) -> Iterator[float]:
-    yield from (ends[o.candidate] for o in plan.options if o.candidate in ends)
-
-
-def actual(pair: str) -> tuple[dict[str, float], float]:
-    """The mean loss of every arm over the judged seeds at its best rate, and the loss of the untouched model."""
-    ends: dict[str, list[float]] = defaultdict(list)
-    start = math.nan
-    for line in lines(RECORDS / pair / "comparison.jsonl"):
-        trial = Trial(**line)
-        start = trial.heldout[0][1] or math.nan
+    plan = read_plan(RECORDS / pair / "plan.json")
+    trials = [Trial(**line) for line in lines(RECORDS / pair / "comparison.jsonl")]
+    runs: dict[str, list[float]] = defaultdict(list)
+    for trial in trials:
         if trial.seed != TUNING:
-            ends[trial.candidate].append(trial.end)
-    return {n: sum(e) / len(e) for n, e in ends.items()}, start
+            runs[trial.candidate].append(trial.end)
+    ends = {name: sum(losses) / len(losses) for name, losses in runs.items()}
+    start = trials[0].heldout[0][1] or math.nan
+    options = {o.candidate: o for o in plan.options if o.candidate in ends}
+    ours = {name: ends[name] for name, o in options.items() if o.ours}
+    best = min(ours, key=lambda name: ours[name])
+    drop = start - ours[best]
+    auto = smallest({name: o.loss for name, o in options.items()}, start)  # what --k auto takes
+    return {
+        "plan": plan,
+        "start": start,
+        "ends": ends,
+        "options": options,
+        "best": best,
+        "regret": (ours[plan.decision.candidate] - ours[best]) / drop,
+        "usual": (ours[near_64(ours)] - ours[best]) / drop,
+        "most": (ours[max(ours, key=lambda name: options[name].trained)] - ours[best]) / drop,
+        "smallest": min((n for n in ours if ours[n] <= ours[best] + 0.01 * drop), key=lambda n: options[n].trained),
+        "octaves": math.log2(k_of(auto) / k_of(smallest(ours, start))),
+        "auto": (ours[near_64(ours)] - ours[auto]) / drop,
+        "inside": [o.low <= ends[name] <= o.high for name, o in options.items()],
+        "off": [math.log(max(start - ends[n], 1e-3) / max(start - o.loss, 1e-3)) for n, o in options.items()],
+        "rank": float(spearmanr([o.loss for o in options.values()], [ends[name] for name in options]).statistic),
+        "sweep": sum(t.seconds for t in trials),
+    }
 
 
-def near64(ours: dict[str, float]) -> str:
+def near_64(ours: Iterable[str]) -> str:
     """The diagonal arm with 64 directions, or with all that there are."""
-    return max((n for n in ours if n.startswith("diagonal") and int(n.split("-")[1]) <= 64), key=k_of)
+    return max((n for n in ours if n.startswith("diagonal") and k_of(n) <= 64), key=k_of)
 
 
 def k_of(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def octaves_off(plan: Any, ours: dict[str, float], start: float) -> float:
-    """log2 of the K that the plan takes among the diagonal arms over the one that is right; 0 where both are flat."""
+def smallest(losses: dict[str, float], start: float) -> str:
+    """The diagonal arm of the smallest K within 1% of the best one's drop."""
+    diagonal = {n: loss for n, loss in losses.items() if n.startswith("diagonal")}
+    best = min(diagonal.values())
+    return min((n for n, loss in diagonal.items() if loss <= best + 0.01 * (start - best)), key=k_of)
 
-    def smallest(losses: dict[str, float]) -> int:
-        best = min(losses.values())
-        return min(k_of(n) for n, e in losses.items() if e <= best + 0.01 * (start - best))
 
-    names = [n for n in ours if n.startswith("diagonal")]
-    said = {o.candidate: o.loss for o in plan.options if o.candidate in names}
-    return math.log2(smallest(said) / smallest({n: ours[n] for n in names}))
+def table(names: Iterable[str]) -> list[str]:
+    """A row for every pair that is swept, as docs/planning.md has them."""
+    rows = []
+    for pair in names:
+        if complete(pair):
+            found = judged(pair)
+            plan, ends, said = found["plan"], found["ends"], found["plan"].decision.candidate
+            o = found["options"][said]
+            verdict = "" if plan.decision.verdict == "recommended" else f" ({plan.decision.verdict})"
+            rows.append(
+                f"| {pair} | {plan.rows:,} | {found['start']:.2f} | {said}{verdict} | {o.loss:.2f} ({o.low:.2f} to "
+                f"{o.high:.2f}) | {ends[said]:.2f} | {found['best']} {ends[found['best']]:.2f} | {found['smallest']} | "
+                f"{found['regret']:.1%} | {found['usual']:.1%} | {found['octaves']:+.0f} | {found['rank']:.2f} | "
+                f"{sum(found['inside'])} of {len(found['inside'])} | {plan.seconds:.0f} s | {found['sweep']:,.0f} s |"
+            )
+    return rows
+
+
+def complete(pair: str) -> bool:
+    """Whether every arm of the pair has its judged trials."""
+    return (RECORDS / pair / "comparison.jsonl").exists() and not any(
+        [*due(name, trials_of(pair, name), pair)] for name in arms_of(pair)
+    )
+
+
+def sums(names: Iterable[str]) -> str:
+    found = [judged(pair) for pair in names if complete(pair)]
+    inside = [hit for one in found for hit in one["inside"]]
+    off = [miss for one in found for miss in one["off"]]
+    told = {name: f"{np.mean([one[name] for one in found]):.2%}" for name in ("regret", "usual", "most", "auto")}
+    few = sum(one["regret"] <= 0.01 for one in found)
+    return (
+        f"{told}; regret at most 1% in {few} of {len(found)}; inside {sum(inside)} of {len(inside)}; log of the drop "
+        f"off by {np.mean(off):+.2f} +- {np.std(off):.2f}; rank {np.mean([one['rank'] for one in found]):.2f}"
+    )
 
 
 # ---- lines
@@ -360,10 +377,12 @@ def main() -> None:
     names = given.pairs or [*(FIT if given.what == "learn" else PAIRS)]
     if given.what == "fit":
         fit()
+    elif given.what == "table":
+        print(*table(names), sums(names), sep="\n")
     elif given.what == "plans":
         plans(names, given.spend)
     else:
-        {"learn": learn, "sweeps": sweeps, "table": table}[given.what](names)
+        {"learn": learn, "sweeps": sweeps}[given.what](names)
 
 
 if __name__ == "__main__":

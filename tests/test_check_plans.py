@@ -52,3 +52,19 @@ def test_a_sweep_tries_three_rates_grows_at_the_edge_and_judges_the_best(check):
             near = min(losses, key=lambda r: abs(math.log(r / rate)))
             have.append(trial(seed, rate, losses[near]))
     assert order == [(0, 0.1), (0, 0.03), (0, 0.3), (0, 0.01), (0, 0.004), (1, 0.01), (2, 0.01)]
+
+
+def test_the_right_k_is_the_smallest_within_a_percent_of_the_drop(check):
+    losses = {"diagonal-64": 3.0, "diagonal-16": 3.019, "diagonal-4": 3.5, "gains-64": 2.0}
+    assert check.smallest(losses, 5.0) == "diagonal-16"
+    assert check.smallest(losses | {"diagonal-16": 3.021}, 5.0) == "diagonal-64"
+    assert check.near_64(["diagonal-256", "diagonal-64", "gains-64"]) == "diagonal-64"
+    assert check.near_64(["diagonal-4", "diagonal-32", "gains-32"]) == "diagonal-32"
+
+
+def test_the_page_has_every_row_of_the_check(check):
+    page = (SCRIPTS.parent / "docs" / "planning.md").read_text()
+    rows = check.table(check.PAIRS)
+    assert len(rows) > 3
+    for row in rows:
+        assert row in page

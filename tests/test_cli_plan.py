@@ -8,6 +8,7 @@ from ctsft.files import read_json
 from ctsft.plan import plan as plans
 from ctsft.plan.told import read_plan
 from ctsft.tune.recipe import read_recipe
+from tiny import WORDS
 
 SMALL = "--steps 12 --batch-size 4 --heldout 10 --max-length 64 --arms diagonal-2 --arms diagonal-8 --arms lora-1"
 
@@ -51,6 +52,19 @@ def test_a_file_that_is_no_plan_is_told(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(CTError, match="is no plan of this ctsft"):
         read_plan(tmp_path / "plan.json")
+
+
+def test_learned_directions_at_hand_are_weighed_at_the_k_they_have(ctsft, files, tmp_path):
+    (tmp_path / "my.txt").write_text("".join(f"{w} is a colour, and a word.\n\n" for w in WORDS * 40))
+    learn = ["basis", "learn", "--model", files[0], "--data", files[1], tmp_path / "my.txt", "--steps", "2", "--k", "8"]
+    assert ctsft(*learn, "--out", tmp_path / "d")[0] == 0
+    asked = ["--model", files[0], "--data", files[1], "--steps", "6", "--batch-size", "2", "--heldout", "10"]
+    code, out, _ = ctsft("plan", *asked, "--arms", "lora-1", "--basis", tmp_path / "d", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [o["candidate"] for o in found["options"]] == [f"diagonal-{k}@{tmp_path / 'd'}" for k in (4, 8)] + ["lora-1"]
+    assert f"--basis {tmp_path / 'd'}" in found["tune"]
+    assert_one_sentence(ctsft("plan", *asked, "--basis", tmp_path / "none"), "neither a kind of basis", "none")
 
 
 # ---- ctsft tune --k auto

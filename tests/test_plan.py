@@ -142,13 +142,6 @@ def test_the_command_trains_what_is_recommended(made):
     assert ("--lr" in made.tune) == made.chosen.again
 
 
-def test_learned_directions_at_hand_are_weighed(files, tmp_path):
-    from ctsft.adapter.learned import Learned  # noqa: F401
-
-    with pytest.raises(CTError, match="neither a kind of basis"):
-        answered(question(files, basis=str(tmp_path)), quiet())
-
-
 def test_plans_are_public(files, made):
     import ctsft
 

@@ -42,9 +42,14 @@ def draw(plan: Plan, cost: Callable[[Option], int], label: str) -> Callable[["Ax
                 markerfacecolor=colour if option.raced else LIGHT["paper"], alpha=1 if option.fits else 0.4,
             )  # fmt: skip
             ax.annotate(
-                option.candidate.partition("@")[0], (cost(option), option.loss), (4, 4), textcoords="offset points",
-                fontsize=6.5, color=LIGHT["ink" if best else "muted"], weight="bold" if best else "normal",
-            )  # fmt: skip
+                option.candidate.partition("@")[0],
+                (cost(option), option.loss),
+                (4, 4 if option.ours else -9),
+                textcoords="offset points",
+                fontsize=6.5,
+                color=LIGHT["ink" if best else "muted"],
+                weight="bold" if best else "normal",
+            )
         frontier = [o for i, o in enumerate(ours) if all(o.loss < other.loss for other in ours[:i])]
         ax.plot([cost(o) for o in frontier], [o.loss for o in frontier], color=LIGHT["c0"], linewidth=1)
         ax.axhline(plan.start, color=LIGHT["before"], linewidth=0.8, linestyle="dashed")

@@ -57,8 +57,8 @@ def make_plan(*, console: Console | None = None, **options: Any) -> Plan:
 def answered(question: Question, console: Console | None = None) -> Plan:
     """`make_plan` by a Question."""
     console = console or Console(stderr=True, markup=False)
-    for name in question.arms or ():
-        spelled(name, KS)
+    for name in [*(question.arms or ()), *([f"diagonal@{question.basis}"] if question.basis is not None else [])]:
+        spelled(name, KS)  # what is none shows before anything is loaded
     torch.set_num_threads(question.threads)
     transformers_logging.set_verbosity_error()
     found = gathered(question.recipe(eval_rows=max(held for _, _, held in LEVELS)), console)
