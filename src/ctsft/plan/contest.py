@@ -4,15 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ctsft.choices import ModelDtype
-from ctsft.errors import CTError, wrong_fields
+from ctsft.errors import CTError
 from ctsft.files import read_json
 from ctsft.plan.arms import DEFAULT, candidate
 from ctsft.tune.lesson import as_tuned
-from ctsft.tune.recipe import MOST, Count, Recipe, make_recipe, option
+from ctsft.tune.recipe import MOST, Count, Recipe, checked, make_recipe, option
 
 Rates = Literal["rule", "short", "full"]
 FREE = ("arms", "seeds", "rates")  # what may be asked anew of a contest that has begun: no trial depends on them
@@ -79,15 +79,7 @@ class Contest:
 
 def make_contest(values: dict[str, Any]) -> Contest:
     """A Contest, or one CTError that names every wrong field."""
-    try:
-        return Contest(**values)
-    except TypeError as error:
-        raise CTError(f"the options are wrong: {error}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:  # all fields are right, an arm is not
-            raise first["ctx"]["error"] from None
-        raise CTError(f"the options are wrong: {wrong_fields(error, values)}.") from None
+    return checked(Contest, values)
 
 
 def read_contest(path: Path) -> Contest:

@@ -3,13 +3,12 @@
 import dataclasses
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ctsft.choices import ModelDtype, about
-from ctsft.errors import CTError, wrong_fields
 from ctsft.plan.budget import Budget, parse_budget
-from ctsft.tune.recipe import MOST, Count, Recipe, make_recipe, option
+from ctsft.tune.recipe import MOST, Count, Recipe, checked, make_recipe, option
 
 PLANNING = "Planning"
 
@@ -74,12 +73,4 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Question))
 
 def make_question(values: dict[str, Any]) -> Question:
     """A Question, or one CTError that names every wrong field."""
-    try:
-        return Question(**values)
-    except TypeError as error:  # a name that stands for the object itself
-        raise CTError(f"the options are wrong: {error}.") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        if not first["loc"]:  # all fields are right, the budget is not understood
-            raise first["ctx"]["error"] from None
-        raise CTError(f"the options are wrong: {wrong_fields(error, values)}.") from None
+    return checked(Question, values)

@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ctsft.choices import ModelDtype
-from ctsft.errors import CTError, wrong_fields
+from ctsft.errors import CTError
 from ctsft.files import read_json
-from ctsft.tune.recipe import MOST, Count, Recipe, option
+from ctsft.tune.recipe import MOST, Count, Recipe, checked, option
 
 DATA, LEARNING, MEASURING = "Model and data", "Learning", "Measuring"
 
@@ -74,10 +74,7 @@ FIELDS = tuple(field.name for field in dataclasses.fields(Lesson))
 
 def make_lesson(values: dict[str, Any]) -> Lesson:
     """A Lesson, or one CTError that names every wrong field."""
-    try:
-        return Lesson(**values)
-    except ValidationError as error:
-        raise CTError(f"the options are wrong: {wrong_fields(error, values)}.") from None
+    return checked(Lesson, values)
 
 
 def read_lesson(path: Path) -> Lesson:
@@ -85,5 +82,5 @@ def read_lesson(path: Path) -> Lesson:
     values = read_json(path)
     try:
         return make_lesson(values)
-    except (CTError, TypeError) as error:
+    except CTError as error:
         raise CTError(f"{path} is not from this ctsft: {error}") from None

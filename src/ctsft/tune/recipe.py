@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator
 from pydantic.dataclasses import dataclass
@@ -13,6 +13,7 @@ from ctsft.files import read_json
 
 MOST = 1_000_000_000  # of anything that is counted: far beyond use, and within what torch counts with
 Count = Annotated[int, Field(ge=1, le=MOST)]
+Choices = TypeVar("Choices")
 ADAPTER = {field.name: field for field in dataclasses.fields(AdapterOptions)}
 
 
@@ -110,17 +111,22 @@ class Recipe(AdapterOptions):
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
-def make_recipe(values: dict[str, Any]) -> Recipe:
-    """A Recipe, or one CTError that names every wrong field."""
+def checked(kind: type[Choices], values: dict[str, Any], what: str = "the options are") -> Choices:
+    """A `kind`, a pydantic dataclass, of `values`; or one CTError, `what` wrong, that names every wrong field."""
     try:
-        return Recipe(**values)
+        return kind(**values)
     except TypeError as error:  # a name that stands for the object itself
-        raise CTError(f"the recipe is wrong: {error}.") from None
+        raise CTError(f"{what} wrong: {error}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         if not first["loc"]:  # all fields are right, their combination is not
             raise first["ctx"]["error"] from None
-        raise CTError(f"the recipe is wrong: {wrong_fields(error, values)}.") from None
+        raise CTError(f"{what} wrong: {wrong_fields(error, values)}.") from None
+
+
+def make_recipe(values: dict[str, Any]) -> Recipe:
+    """A Recipe, or one CTError that names every wrong field."""
+    return checked(Recipe, values, "the recipe is")
 
 
 def read_recipe(path: Path) -> Recipe:
