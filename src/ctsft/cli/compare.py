@@ -54,7 +54,9 @@ def compare(
     out_console.print(table_of(found))
     for told in sentences(found):
         out_console.print(told, markup=False, highlight=False)
-    out_console.print(f"page {out / 'comparison.html'}   record {out / 'comparison.json'}", highlight=False)
+    out_console.print(
+        f"page {out / 'comparison.html'}   record {out / 'comparison.json'}", highlight=False, soft_wrap=True
+    )
 
 
 def loss(row: Standing) -> str:

@@ -64,7 +64,7 @@ def show_plan(found: Plan, out: Path | None) -> None:
     if found.tune:
         out_console.print(f"next: {found.tune}", markup=False, highlight=False, soft_wrap=True)
     if out is not None:
-        out_console.print(f"plan {out / 'plan.json'}   page {out / 'plan.html'}", highlight=False)
+        out_console.print(f"plan {out / 'plan.json'}   page {out / 'plan.html'}", highlight=False, soft_wrap=True)
 
 
 def headline(found: Plan) -> str:
