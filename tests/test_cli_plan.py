@@ -23,7 +23,7 @@ def test_a_plan_is_told_and_kept(ctsft, asked, tmp_path):
     found = read_plan(tmp_path / "new" / "p" / "plan.json")
     assert code == 0
     for o in found.options:
-        assert re.search(rf"{o.candidate}\s.*{o.trained:,}\s.*{o.loss:.3f}\s.*{o.low:.3f} to {o.high:.3f}", out)
+        assert re.search(rf"{o.candidate}\s.*{o.trained:,}\s.*{o.loss:.3f}\s.*{o.low:.2f} to {o.high:.2f}", out)
     assert found.decision.why[0] in " ".join(out.split())
     assert found.tune in out
     page = (tmp_path / "new" / "p" / "plan.html").read_text()

@@ -80,24 +80,24 @@ def headline(found: Plan) -> str:
 def plan_table(found: Plan) -> Table:
     """All arms, the smallest first; peers are yardsticks."""
     table = Table(title=f"{found.model} on {found.data}, untouched {found.start:.3f}", title_justify="left")
-    for column in ("arm", "numbers", "file", "training", "loss", "90% interval", ""):
+    for column in ("arm", "numbers", "file", "training", "loss", "90% range", ""):
         left = column in ("arm", "")
         table.add_column(column, justify="left" if left else "right", no_wrap=column != "", overflow="fold")
     for o in found.options:
         style = "bold" if o.candidate == found.decision.candidate else None if o.ours else "dim"
         cells = (f"{o.trained:,}", size(o.adapter_bytes), duration(o.seconds), f"{o.loss:.3f}")
-        table.add_row(o.candidate, *cells, f"{o.low:.3f} to {o.high:.3f}", remark(found, o), style=style)
+        table.add_row(o.candidate, *cells, f"{o.low:.2f} to {o.high:.2f}", remark(found, o), style=style)
     return table
 
 
 def remark(found: Plan, option: Option) -> str:
-    """What sets an arm apart, in a few words."""
+    """What sets an arm apart, in words that a line of 80 characters has room for."""
     decision = found.decision
     words = [
-        "recommended" if decision.verdict == "recommended" and option.candidate == decision.candidate else "",
+        "take" if decision.verdict == "recommended" and option.candidate == decision.candidate else "",
         "as good" if option.candidate in decision.as_good and option.candidate != decision.candidate else "",
-        "clearly better" if option.candidate == decision.better_peer else "",
-        "" if option.fits else "over budget",
+        "better" if option.candidate == decision.better_peer else "",
+        "" if option.fits else "over",
         "" if option.raced else "not run",
     ]
     return ", ".join(filter(None, words))

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learned import Learned
+from ctsft.adapter.rate import two_digits
 from ctsft.adapter.targets import find_targets
 from ctsft.files import cpu_name, versions
 from ctsft.plan.arms import ARMS, Candidate, candidate
@@ -170,7 +171,7 @@ def races(
                 break
             show(i, 2 * len(arms), arm.name)
             first = trials.get(arm.name)
-            trial = bench.trial(arm, seed, race.steps, first.rate * factor if first else None)
+            trial = bench.trial(arm, seed, race.steps, two_digits(first.rate * factor) if first else None)
             if first is None or trial.end < first.end:
                 trials[arm.name] = trial
                 again |= {arm.name} if first else set()
