@@ -37,7 +37,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
         "learn",
     ],
     "plan": [
-        *("arms", "contest", "record", "rates", "standing", "trial", "page", "compare"),
+        *("arms", "asked", "contest", "record", "rates", "standing", "trial", "page", "compare"),
         *("budget", "predict", "choose", "question", "told", "frontier", "plan"),
     ],
     "lab": [
@@ -69,7 +69,7 @@ NO_TORCH = {
     *("pages.words", "pages.plot", "pages.render"),
     *("plan.arms", "plan.record", "plan.budget", "plan.predict", "plan.choose", "plan.question", "plan.told"),
     *("plan.frontier", "cli.plan"),
-    *("plan.contest", "plan.rates", "plan.standing", "plan.page"),
+    *("plan.asked", "plan.contest", "plan.rates", "plan.standing", "plan.page"),
     *("lab.schedule", "lab.spec", "lab.records", "lab.rates", "lab.own", "lab.experiments", "lab.engines"),
     *("lab.sweep", "lab.metrics", "lab.stats", "lab.compare", "lab.tables", "lab.claims", "lab.predicates"),
     *(

@@ -139,6 +139,7 @@ def test_who_lost_to_a_smaller_arm_runs_again_first():
 def test_the_command_trains_what_is_recommended(made):
     assert made.tune.startswith("ctsft tune --model ")
     assert f"--k {made.decision.candidate.partition('-')[2]} " in made.tune and "--steps 24 --batch-size 4" in made.tune
+    assert "--heldout 10 --max-length 64 " in made.tune  # the rows are those that were raced on
     assert ("--lr" in made.tune) == made.chosen.again
 
 

@@ -7,29 +7,19 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from ctsft.choices import ModelDtype
 from ctsft.errors import CTError
 from ctsft.files import read_json
 from ctsft.plan.arms import DEFAULT, candidate
-from ctsft.tune.lesson import as_tuned
-from ctsft.tune.recipe import MOST, Count, Recipe, checked, make_recipe, option
+from ctsft.plan.asked import Asked
+from ctsft.tune.recipe import MOST, Count, as_tuned, checked, option
 
 Rates = Literal["rule", "short", "full"]
 FREE = ("arms", "seeds", "rates")  # what may be asked anew of a contest that has begun: no trial depends on them
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
-class Contest:
+class Contest(Asked):
     """What `ctsft compare` does. Unknown fields are refused."""
-
-    model: str = as_tuned("model")
-    data: str = as_tuned("data")
-    prompt_column: str | None = as_tuned("prompt_column")
-    completion_column: str | None = as_tuned("completion_column")
-    limit: Count | None = as_tuned("limit")
-    heldout: Annotated[float, Field(gt=0, le=MOST)] = as_tuned("heldout")
-    max_length: Annotated[int, Field(ge=2, le=MOST)] = as_tuned("max_length")
-    dtype: ModelDtype = as_tuned("dtype")
 
     arms: list[str] | None = option(
         "Comparison",
@@ -62,11 +52,6 @@ class Contest:
             raise CTError(f"{twice[0]} is among the arms twice; name each once.")
         self.arms = names
         self.recipe()  # which checks the rest
-
-    def recipe(self) -> Recipe:
-        """The recipe with the same model, rows and steps; what it says of an adapter means nothing."""
-        shared = [f.name for f in dataclasses.fields(self) if f.name in Recipe.__dataclass_fields__]
-        return make_recipe({name: getattr(self, name) for name in shared})
 
     def values(self) -> dict[str, Any]:
         """All fields as JSON values."""

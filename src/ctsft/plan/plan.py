@@ -4,7 +4,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from ctsft.progress import counted
 from ctsft.spectral.weights import matrix
 from ctsft.tune.material import Material, gathered
 from ctsft.tune.measure import heldout_loss
+from ctsft.tune.recipe import Recipe
 from ctsft.tune.record import Machine
 
 MINUTE, SHARE = 60.0, 0.03  # what a plan may take: the larger of a minute and this share of the training
@@ -81,7 +82,7 @@ def answered(question: Question, console: Console | None = None) -> Plan:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         model=found.loaded.name,
         data=found.corpus.name,
-        question={n: v for n, v in vars(question).items() if not n.startswith("__")},
+        question=asdict(question),
         rows=len(found.train),
         heldout=len(found.heldout),
         tokens=sum(map(len, found.train["input_ids"])) / len(found.train),
@@ -237,7 +238,7 @@ def weighed(
                 trained=trained,
                 adapter_bytes=weight,
                 memory_bytes=memory,
-                seconds=steps * step,
+                seconds=round(steps * step, 6),  # a budget of time that is used up is not passed by a rounding error
                 fits=budget.fits(trained, weight),
             )
         )
@@ -258,9 +259,8 @@ def command(question: Question, name: str | None, options: Sequence[Option]) -> 
     words = ["ctsft", "tune", "--model", question.model, "--data", question.data, "--k", str(chosen.k)]
     words += ["--form", chosen.method] * (chosen.method != "diagonal")
     words += ["--basis", chosen.basis_file or chosen.basis] * (chosen.basis != "random")
-    given = {"steps": told.steps, "batch_size": question.batch_size, "limit": question.limit, "seed": question.seed}
-    defaults = {"steps": 120, "batch_size": 8, "limit": None, "seed": 0}
-    for n, value in given.items():
-        words += [f"--{n.replace('_', '-')}", str(value)] * (value != defaults[n])
+    for option, value in (question.tuned() | {"steps": told.steps}).items():
+        if option not in ("model", "data", "threads") and value != Recipe.__dataclass_fields__[option].default:
+            words += [f"--{option.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     words += ["--lr", f"{told.rate:g}"] * told.again
     return shlex.join(words)

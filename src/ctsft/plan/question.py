@@ -6,31 +6,17 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from ctsft.choices import ModelDtype, about
+from ctsft.choices import about
+from ctsft.plan.asked import Asked
 from ctsft.plan.budget import Budget, parse_budget
-from ctsft.tune.recipe import MOST, Count, Recipe, checked, make_recipe, option
+from ctsft.tune.recipe import MOST, Count, as_tuned, checked, option
 
 PLANNING = "Planning"
 
 
-def as_tuned(name: str) -> Any:
-    """The field `name` of a recipe, with its default and description."""
-    field = Recipe.__dataclass_fields__[name]
-    return dataclasses.field(default=field.default, metadata={"group": PLANNING} | dict(field.metadata))
-
-
 @dataclass(config=ConfigDict(extra="forbid"))
-class Question:
+class Question(Asked):
     """What `ctsft plan` is asked. Unknown fields are refused."""
-
-    model: str = as_tuned("model")
-    data: str = as_tuned("data")
-    prompt_column: str | None = as_tuned("prompt_column")
-    completion_column: str | None = as_tuned("completion_column")
-    limit: Count | None = as_tuned("limit")
-    heldout: Annotated[float, Field(gt=0, le=MOST)] = as_tuned("heldout")
-    max_length: Annotated[int, Field(ge=2, le=MOST)] = as_tuned("max_length")
-    dtype: ModelDtype = as_tuned("dtype")
 
     budget: str | None = option(
         PLANNING, None, "What there is to spend: 15 min, 20 KB, 2000 steps or 5000 numbers; two with a comma between."
@@ -50,7 +36,7 @@ class Question:
     spend: Annotated[float, Field(gt=0, le=MOST)] | None = option(
         PLANNING, None, "Seconds that planning may take; without it, 3% of the training or a minute, if that is more."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = as_tuned("seed")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = as_tuned("seed", PLANNING)
     threads: Annotated[int, Field(ge=1, le=1024)] = as_tuned("threads")
 
     def __post_init__(self) -> None:
@@ -59,13 +45,6 @@ class Question:
     def allowed(self) -> Budget:
         """The budget; CTError where it is not understood."""
         return parse_budget(self.budget)
-
-    def recipe(self, **changes: Any) -> Recipe:
-        """The recipe of a training with the model and rows of this question, and `changes`."""
-        shared = {
-            n: v for n, v in dataclasses.asdict(self).items() if n in Recipe.__dataclass_fields__ and n != "basis"
-        }
-        return make_recipe(shared | changes)
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Question))

@@ -10,17 +10,9 @@ from pydantic.dataclasses import dataclass
 from ctsft.choices import ModelDtype
 from ctsft.errors import CTError
 from ctsft.files import read_json
-from ctsft.tune.recipe import MOST, Count, Recipe, checked, option
+from ctsft.tune.recipe import MOST, Count, as_tuned, checked, option
 
 DATA, LEARNING, MEASURING = "Model and data", "Learning", "Measuring"
-
-
-def as_tuned(name: str, default: Any = dataclasses.MISSING) -> Any:
-    """The field `name` of a recipe with its description, here under the headings of a lesson, or another `default`."""
-    field = Recipe.__dataclass_fields__[name]
-    heading = LEARNING if field.metadata.get("group") in (None, "Training") else field.metadata["group"]
-    default = field.default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=default, metadata={**field.metadata, "group": heading})
 
 
 @dataclass(config=ConfigDict(extra="forbid"))
@@ -49,14 +41,14 @@ class Lesson:
     nested: bool = option(
         LEARNING, False, "Let the first few directions serve alone too, so that adapters may use a smaller K."
     )
-    target_modules: list[str] | None = as_tuned("target_modules")
+    target_modules: list[str] | None = as_tuned("target_modules", LEARNING)
     steps: Count = option(LEARNING, 320, "Optimizer steps.")
     batch_size: Count = option(LEARNING, 4, "Rows a step, of up to four siblings in turn.")
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = option(
         LEARNING, 0.002, "Adam's rate for the directions; amplitudes learn ten times as fast."
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = option(LEARNING, 0, "Of the data split, its order and the start.")
-    threads: Annotated[int, Field(ge=1, le=1024)] = as_tuned("threads")
+    threads: Annotated[int, Field(ge=1, le=1024)] = as_tuned("threads", LEARNING)
 
     eval_rows: Count = option(MEASURING, 32, "Held-out rows of each sibling that are scored before and after.")
 

@@ -111,6 +111,12 @@ class Recipe(AdapterOptions):
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
+def as_tuned(name: str, group: str | None = None) -> Any:
+    """The field `name` of a recipe with its default and description, here under its own heading or that of `group`."""
+    field = Recipe.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata={**field.metadata} | ({"group": group} if group else {}))
+
+
 def checked(kind: type[Choices], values: dict[str, Any], what: str = "the options are") -> Choices:
     """A `kind`, a pydantic dataclass, of `values`; or one CTError, `what` wrong, that names every wrong field."""
     try:
