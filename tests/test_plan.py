@@ -114,7 +114,7 @@ def test_races_shorten_until_all_arms_have_time():
     assert level(8, 1e-6, 60, 120, 8).model_dump() == {"steps": 12, "rows": 8, "heldout": 48}
     assert level(8, 1e-6, 60, 5, 2).model_dump() == {"steps": 5, "rows": 2, "heldout": 48}
     assert level(8, 1e3, 60, 120, 8).model_dump() == {"steps": 8, "rows": 2, "heldout": 16}
-    sizes = [level(8, second, 60, 120, 8).rows for second in (1e-3, 0.02, 0.05)]
+    sizes = [level(8, second, 60, 120, 8).rows for second in (1e-3, 0.015, 0.05)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
 
 
@@ -126,14 +126,28 @@ def trial(name, trained, end):
     )  # fmt: skip
 
 
-def test_who_lost_to_a_smaller_arm_runs_again_first():
-    arms = [candidate(f"diagonal-{k}") for k in (64, 4, 16)]
-    ends = {64: 4.9, 4: 4.5, 16: 4.0}
-    trials, order = {}, []
-    for arm, factor in heats(arms, trials):
-        order.append((arm.k, round(factor, 2)))
-        trials[arm.name] = trial(arm.name, arm.k, ends[arm.k])
-    assert order == [(64, 1), (4, 1), (16, 1), (64, 0.33), (4, 0.33), (16, 0.33)]
+def heated(best, *names):
+    """The races of arms whose losses are lowest at the powers `best`, as (K, power)."""
+    tried, order = {}, []
+    for arm, at in heats([candidate(name) for name in names], tried):
+        order.append((arm.name, at))
+        tried.setdefault(arm.name, {})[at] = trial(arm.name, arm.k, 4.0 + abs(at - best[arm.name]))
+    return order
+
+
+def test_what_won_for_the_first_arm_of_a_kind_is_tried_for_the_others():
+    a, b, c = "diagonal-64", "lora-8", "diagonal-16"
+    order = heated({a: 2, b: -1, c: 2}, a, b, c)
+    assert order[:3] == [(a, 0), (b, 0), (c, 0)]
+    assert order[3:7] == [(a, -1), (a, 1), (a, 2), (a, 3)]  # on until it is worse
+    assert order[7:9] == [(b, -1), (b, -2)]  # never above the measured rate where a lower one is better
+    assert order[9:] == [(c, 2), (c, 1), (c, 3)]
+
+
+def test_three_races_are_enough_where_the_measured_rate_is_right():
+    order = heated({"lora-8": 0, "lora-1": 0}, "lora-8", "lora-1")
+    assert sorted(order) == [(name, at) for name in ("lora-1", "lora-8") for at in (-1, 0, 1)]
+    assert [name for name, _ in order] == ["lora-8", "lora-1", "lora-8", "lora-8", "lora-1", "lora-1"]
 
 
 def test_the_command_trains_what_is_recommended(made):

@@ -15,13 +15,13 @@ from transformers.utils import logging as transformers_logging
 
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learned import Learned
-from ctsft.adapter.rate import two_digits
 from ctsft.adapter.targets import find_targets
 from ctsft.files import cpu_name, versions
 from ctsft.plan.arms import ARMS, Candidate, candidate
 from ctsft.plan.choose import Option, decide
 from ctsft.plan.predict import by_size, growth, predicted
 from ctsft.plan.question import Question, make_question
+from ctsft.plan.rates import further, lowest, power
 from ctsft.plan.record import Trial
 from ctsft.plan.told import Plan, Race
 from ctsft.plan.trial import Bench
@@ -43,7 +43,7 @@ LEVELS = ((12, 8, 48), (12, 4, 32), (12, 2, 24), (8, 2, 16))
 PROBE = 4  # rows, in one forward pass, that tell how fast the machine is
 BACK = 2.5  # how much longer than a forward pass a step takes
 PASSES = 6  # that the rate takes
-AGAIN = 1 / 3  # of its rate, for an arm that races again
+RACES = 2.5  # of an arm, at several rates, for which there should be time
 
 
 def make_plan(*, console: Console | None = None, **options: Any) -> Plan:
@@ -73,8 +73,8 @@ def answered(question: Question, console: Console | None = None) -> Plan:
     bench = Bench(
         found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, found.heldout[: race.heldout], race.rows
     )
-    trials, again = races(bench, arms, race, question.seed, began + spend, console)
-    options = weighed(bench, arms, trials, again, race, question)
+    tried = races(bench, arms, race, question.seed, began + spend, console)
+    options = weighed(bench, arms, tried, race, question)
     decision = decide(bench.start, options, question.allowed(), len(found.train), len(found.heldout))
     seconds = time.monotonic() - began
     training = next((o.seconds for o in options if o.candidate == decision.candidate), options[0].seconds)
@@ -151,45 +151,55 @@ def level(arms: int, second: float, spend: float, steps: int, size: int) -> Race
     """How long the races are: the longest of LEVELS that all `arms` have time for within `spend` seconds."""
     for long, rows, held in LEVELS:
         long, rows = min(long, steps), min(rows, size)
-        if arms * second * (BACK * rows * (PASSES + 2 * long) + held) <= spend:
+        if arms * second * (BACK * rows * PASSES + RACES * (BACK * rows * long + held)) <= spend:
             break
     return Race(steps=long, rows=rows, heldout=held)
 
 
 def races(
     bench: Bench, arms: Sequence[Candidate], race: Race, seed: int, end: float, console: Console
-) -> tuple[dict[str, Trial], set[str]]:
-    """The races of `arms` that end before the clock is at `end`, as far as can be told; two at least. And the names of
-    those that ran again at a lower rate, and better."""
-    trials: dict[str, Trial] = {}
-    again: set[str] = set()
+) -> dict[str, dict[int, Trial]]:
+    """By arm and power of three, times its measured rate: the races that end before the clock is at `end`, as far as
+    can be told; those of two arms at least."""
+    tried: dict[str, dict[int, Trial]] = {}
     longest = 0.0
     bench.start  # noqa: B018  (measured before the first race is timed)
     with counted("racing", console.file) as show:
-        for i, (arm, factor) in enumerate(heats(arms, trials)):
+        for i, (arm, at) in enumerate(heats(arms, tried)):
             began = time.monotonic()
-            if len(trials) >= 2 and began + longest > end:
+            if len(tried) >= 2 and began + longest > end:
                 break
-            show(i, 2 * len(arms), arm.name)
-            first = trials.get(arm.name)
-            trial = bench.trial(arm, seed, race.steps, two_digits(first.rate * factor) if first else None)
-            if first is None or trial.end < first.end:
-                trials[arm.name] = trial
-                again |= {arm.name} if first else set()
+            show(i, max(i + 1, 3 * len(arms)), arm.name)
+            own = tried.setdefault(arm.name, {})
+            own[at] = bench.trial(arm, seed, race.steps, power(own[0].rate, at) if own else None)
             longest = max(longest, time.monotonic() - began)
-    return trials, again
+    return tried
 
 
-def heats(arms: Sequence[Candidate], trials: dict[str, Trial]) -> Iterator[tuple[Candidate, float]]:
-    """What races next, and at which share of its measured rate, while `trials` fills: every arm, then each again at a
-    lower rate. First of these are those that lost to one of fewer numbers: most often their rate is too high."""
+def heats(arms: Sequence[Candidate], tried: dict[str, dict[int, Trial]]) -> Iterator[tuple[Candidate, int]]:
+    """What races next, and at which power of three times its measured rate, while `tried` fills: every arm at that
+    rate; the first arm of each kind at rates beside its best; the others at the one that won for their kind; then
+    those, too, beside their best."""
+    first = {(arm.method, arm.basis): arm for arm in reversed(arms)}
 
-    def lost(arm: Candidate) -> bool:
-        own = trials[arm.name]
-        return any(t.trained < own.trained and t.end < own.end for t in trials.values())
+    def climb(arm: Candidate) -> Iterator[tuple[Candidate, int]]:
+        while (at := further(ends(tried[arm.name]))) is not None:
+            yield arm, at
 
-    yield from ((arm, 1.0) for arm in arms)
-    yield from ((arm, AGAIN) for arm in sorted(arms, key=lost, reverse=True))
+    yield from ((arm, 0) for arm in arms)
+    for arm in arms:
+        if arm in first.values():
+            yield from climb(arm)
+    for arm in arms:
+        won = lowest(ends(tried[first[arm.method, arm.basis].name]))
+        if won not in tried[arm.name]:
+            yield arm, won
+    for arm in arms:
+        yield from climb(arm)
+
+
+def ends(tried: dict[int, Trial]) -> dict[int, float]:
+    return {at: trial.end for at, trial in tried.items()}
 
 
 # ---- what it says
@@ -198,12 +208,12 @@ def heats(arms: Sequence[Candidate], trials: dict[str, Trial]) -> Iterator[tuple
 def weighed(
     bench: Bench,
     arms: Sequence[Candidate],
-    trials: dict[str, Trial],
-    again: set[str],
+    tried: dict[str, dict[int, Trial]],
     race: Race,
     question: Question,
 ) -> list[Option]:
     """What is predicted of every arm, the smallest first; one that did not run from the nearest one that did."""
+    trials = {name: own[lowest(ends(own))] for name, own in tried.items()}
     budget, start, options = question.allowed(), bench.start, []
     pace = sum(t.seconds for t in trials.values()) / sum(len(t.clock) for t in trials.values())
     for arm in arms:
@@ -229,7 +239,7 @@ def weighed(
                 ours=arm.arm.kind == "form",
                 raced=trial is not None,
                 rate=trial.rate if trial else None,
-                again=arm.name in again,
+                again=trial is not None and trial is not tried[arm.name][0],
                 race=trial.end if trial and not trial.diverged else None,
                 steps=steps,
                 loss=told.loss,

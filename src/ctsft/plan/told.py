@@ -56,7 +56,8 @@ class Plan(Part):
         told = [
             f"{len(ran)} arms each found its learning rate on four batches and trained {self.race.steps} steps of "
             f"{self.race.rows} rows, all on the same rows; {self.race.heldout} held-out rows were scored before and "
-            "after. As far as there was time, each ran again at a third of its rate, and the better race counts.",
+            "after. As far as there was time, they ran again at a third and at three times that rate, and further on "
+            "where it was better; the best race counts.",
             "The loss after the planned steps, and its 90% interval, follow from how far such races went on in whole "
             "trainings of other models and texts.",
         ]
