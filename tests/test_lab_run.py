@@ -146,6 +146,16 @@ def test_k_changes_in_mid_run():
     assert carried.train_loss[:3] == up.train_loss[:3] and carried.train_loss != up.train_loss
 
 
+def test_a_refreshed_run_trains_as_much_and_weighs_all_that_it_has_folded():
+    fixed, refreshed = (lab.run(spec(basis="random", refreshes=n, batches="fresh", steps=6)) for n in (0, 2))
+    assert refreshed.trained == fixed.trained and refreshed.adapter_bytes == 3 * fixed.adapter_bytes
+    a, b = fixed.train_loss, refreshed.train_loss
+    # a refresh before the steps 2 and 4 changes no loss by itself; the first loss along other directions is the next
+    assert a[:3] == b[:3] and a[3] != b[3]
+    few = lab.run(spec(allocation="one_down", targets="blocks"))
+    assert few.adapted.matrices == 1 and few.trained == 16 and few.counted == 16 * sum(few.adapted.shapes[0])
+
+
 def test_an_untied_head_is_random_and_worse():
     tied, untied = lab.run(spec()), lab.run(spec(tied=False))
     model = sources.fresh_model(spec(tied=False))

@@ -5,11 +5,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ctsft import CTError, resize
 from ctsft.adapter.layer import CTLayer
-from ctsft.lab.methods import allocate, equip, targets
+from ctsft.adapter.store import adapted
+from ctsft.lab.methods import equip, refresh, targets
 from ctsft.lab.schedule import counted_parameters
 from ctsft.lab.spec import Spec
 from ctsft.models.photonic import PhotonicGPTConfig, PhotonicGPTForCausalLM
-from ctsft.spectral.decompose import effective_rank
 from ctsft.spectral.weights import matrix
 from helpers import EMBEDDING, HEAD, SHAPES, VOCABULARY, assert_close, assert_same_bits, batches, ids, logits, tiny
 
@@ -310,50 +310,43 @@ def test_memory_is_the_frozen_bases_and_what_trains():
     assert numbers("scores", basis="universal") <= 16 * 16 + scores
 
 
-# ------------------------------------------------------------------------------------------------------- how much K
+# ----------------------------------------------------------------------------------------------------------- refresh
 
 
-@pytest.mark.parametrize("shape", ("photonic", "llama"))
-def test_k_by_effective_rank_follows_the_dense_gradient_at_the_same_total(shape):
-    equipped = equip(three(shape), spec(allocation="effective_rank", k=5), batches())
-    ks = dict(zip(equipped.names, equipped.ks, strict=True))
-    assert sum(ks.values()) == 5 * len(ks) == equipped.trained and len(set(ks.values())) > 1
-    assert equipped.counted() == sum(k * sum(s) for k, s in zip(equipped.ks, equipped.shapes, strict=True))
-    assert_same_bits(logits(equipped.model.eval()), logits(three(shape)))
-
-    base = three(shape)
-    for batch in batches():
-        (base(**batch, labels=batch["input_ids"]).loss / len(batches())).backward()
-    ranks = [effective_rank(torch.linalg.svdvals(base.get_submodule(n).weight.grad)) for n in ks]
-    limits = [min(s) for s in equipped.shapes]
-    scale = 5 * len(ks) / sum(ranks)
-    free = [(k, r * scale) for k, r, limit in zip(ks.values(), ranks, limits, strict=True) if r * scale <= limit]
-    assert len(free) == len(ks), "this test wants models whose limits do not bind"
-    assert all(abs(k - share) < 1 for k, share in free)
-
-
-def test_allocation_by_hand():
-    assert allocate([1, 1, 1], 12, [9, 9, 9]) == [4, 4, 4]
-    assert allocate([1, 2, 3], 12, [9, 9, 9]) == [2, 4, 6]
-    assert allocate([1, 1, 1], 11, [9, 9, 9]) == [4, 4, 3]
-    assert allocate([1, 1, 10], 12, [9, 9, 6]) == [3, 3, 6]  # what a limit holds back goes to the others
-    assert allocate([0.001, 1, 1], 9, [9, 9, 9]) == [1, 4, 4]
-    assert allocate([3, 1], 2, [5, 5]) == [1, 1] and allocate([3, 1], 10, [5, 5]) == [5, 5]
-    for total in (2, 11):
-        with pytest.raises(CTError, match="directions do not fit 3 matrices"):
-            allocate([1, 1, 1], total, [3, 3, 4])
+@pytest.mark.parametrize("method", ("diagonal", "core", "scores"))
+def test_a_refresh_folds_what_was_learned_and_trains_as_much_along_other_directions(method):
+    equipped = equip(three("gpt2"), spec(method, basis="random", wanted="blocks", refreshes=2), batches())
+    model, layers = equipped.model.eval(), dict(adapted(equipped.model, "default"))
+    optimizer = torch.optim.Adam(equipped.trainable)
+    model(**batches()[0], labels=batches()[0]["input_ids"]).loss.backward()
+    for p in equipped.trainable:
+        torch.nn.init.normal_(p, std=0.1)
+    optimizer.step()
+    before, first = logits(model), {n: m.ready("default") for n, m in layers.items()}
+    assert len({float((logits(three("gpt2")) - before).abs().max()) > 0.01, True}) == 1
+    for _ in range(2):
+        refresh(model, optimizer)
+        assert_close(logits(model), before, 1e-4)
+        assert all(float(p.detach().abs().max()) == 0 for p in equipped.trainable) and not optimizer.state
+        assert all(not torch.equal(m.ready("default").vh, first[n].vh) for n, m in layers.items())
+        first = {n: m.ready("default") for n, m in layers.items()}
+    fixed = equip(three("gpt2"), spec(method, basis="random", wanted="blocks"), batches())
+    assert equipped.trained == fixed.trained and equipped.ks == fixed.ks
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
 def test_what_a_method_cannot_do_is_said():
-    for changes in ({"dropout": 0.1}, {"schedule": "3>4@1/2"}, {"allocation": "effective_rank"}):
+    for changes in ({"dropout": 0.1}, {"schedule": "3>4@1/2"}, {"refreshes": 1}, {"allocation": "gora"}):
         for method in ("lora", "lora-xs", "full"):
-            with pytest.raises(CTError, match=f"{method} has no dropout, schedule or allocation"):
+            with pytest.raises(CTError, match=f"{method} has no dropout, schedule, refresh or allocation"):
                 equip(three(), spec(method, **changes), batches())
     with pytest.raises(CTError, match="cannot follow a schedule"):
         equip(three(), spec(schedule="3>4@1/2", allocation="effective_rank"), batches())
+    for changes in ({"basis": "weight"}, {"method": "gains"}, {"schedule": "3>4@1/2"}):
+        with pytest.raises(CTError, match="refreshes take new random directions"):
+            equip(three(), spec(**{"basis": "random", "refreshes": 1} | changes), batches())
     for method in (*WITH_K, "vera"):
         with pytest.raises(CTError, match=f"{method} needs k of at least 1"):
             equip(three(), spec(method, k=0), batches())

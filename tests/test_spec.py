@@ -37,6 +37,7 @@ CHANGES = {
     "targets": "blocks",
     "schedule": "32>16@1/2",
     "carry": True,
+    "refreshes": 2,
     "dropout": 0.1,
     "batches": "fresh",
     "batch": 3,

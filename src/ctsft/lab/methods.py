@@ -14,7 +14,7 @@ is tuned for every arm, and a scale would only move it. What trains, per adapted
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,26 @@ from typing import Any
 import torch
 from peft import IA3Config
 from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
 from torch import Tensor, nn
 
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
-from ctsft.adapter.learned import Learned
 from ctsft.adapter.peers import PEERS, Base, Trained, common, peer_config, train_only, vectors, wrap
-from ctsft.adapter.store import adapted
+from ctsft.adapter.resize import resize
+from ctsft.adapter.store import adapted, layers_of
 from ctsft.adapter.targets import find_targets
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
+from ctsft.lab.allocations import ALLOCATIONS, FEEDFORWARD, Asked, Batches
 from ctsft.lab.lone import LONE, attach
 from ctsft.lab.schedule import counted_parameters
 from ctsft.lab.spec import Spec
-from ctsft.spectral.collect import mean_gradients
-from ctsft.spectral.decompose import effective_rank, singular_values
 from ctsft.spectral.kinds import needs_data
-from ctsft.spectral.weights import clean_name, matrix
+from ctsft.spectral.weights import matrix
 
 LORAS = ("lora", "lora-fa", "lora-xs")
+REFRESHED = 10_000  # from the seed of directions to that of the next: no run has such a one
 LINEAR_ONLY = ("ia3", "vera", *LONE)  # methods that know no embedding
-FEEDFORWARD = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING | {"photonic_gpt": ["mlp.down"]}
-Batches = Iterable[Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -133,8 +130,10 @@ def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None =
     adapter of its embedding, for LoRA as for ours. Randomness comes from `spec.seed`. Raises CTError for what the
     method cannot do.
     """
-    if spec.method not in FORMS and (spec.dropout or spec.schedule or spec.allocation != "uniform"):
-        raise CTError(f"{spec.method} has no dropout, schedule or allocation of K; only {', '.join(FORMS)} have.")
+    if spec.method not in FORMS and (spec.dropout or spec.schedule or spec.refreshes or spec.allocation != "uniform"):
+        raise CTError(
+            f"{spec.method} has no dropout, schedule, refresh or allocation of K; only {', '.join(FORMS)} have."
+        )
     if spec.method in (*FORMS, *LORAS, *LONE, "vera") and spec.k < 1:
         raise CTError(f"{spec.method} needs k of at least 1 and has k={spec.k}.")
     batches = list(batches)
@@ -142,6 +141,10 @@ def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None =
     if spec.targets == "last2+head" and spec.method != "norms":
         untie_head(model)
     modules = targets(model, spec)
+    ks: dict[str, int] = {}
+    if spec.allocation != "uniform":
+        ks = ALLOCATIONS[spec.allocation](Asked(model, modules, spec.k, batches, learned))
+        modules = {n: modules[n] for n in ks}
     names, shapes = list(modules), shapes_of(modules)
     if spec.method in ("full", "norms"):
         whole: Any = vectors(model) if spec.method == "norms" else [m.weight for m in modules.values()]
@@ -153,7 +156,7 @@ def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None =
         attach(model, modules, spec.method, spec.k, basis, spec.seed)
         return Equipped(model, base, spec, names, shapes)
     if spec.method in FORMS:
-        config: Any = spectral_config(model, spec, modules, batches, learned)
+        config: Any = spectral_config(model, spec, modules, ks, batches, learned)
     elif spec.method == "lora-xs":
         config = CTConfig(k=spec.k, form="core", target_modules=names, task_type="CAUSAL_LM")
     else:
@@ -171,17 +174,20 @@ def equip(model: nn.Module, spec: Spec, batches: Batches, learned: Path | None =
 
 
 def spectral_config(
-    model: nn.Module, spec: Spec, modules: Mapping[str, nn.Module], batches: Batches, learned: Path | None
+    model: nn.Module,
+    spec: Spec,
+    modules: Mapping[str, nn.Module],
+    ks: Mapping[str, int],
+    batches: Batches,
+    learned: Path | None,
 ) -> CTConfig:
-    """The adapter that `spec` describes, calibrated where its directions come from data."""
-    k: int | dict[str, int] = spec.k
-    if spec.allocation != "uniform":
-        if spec.schedule:
-            raise CTError(f"allocation={spec.allocation!r} gives every matrix its own K; it cannot follow a schedule.")
-        found = ALLOCATIONS[spec.allocation](model, spec.k, modules, batches, learned)
-        k = {re.escape(n): own for n, own in found.items()}
+    """The adapter that `spec` describes, calibrated where its directions come from data; `ks`: K per matrix, if any."""
+    if ks and spec.schedule:
+        raise CTError(f"allocation={spec.allocation!r} gives every matrix its own K; it cannot follow a schedule.")
+    if spec.refreshes and (spec.basis != "random" or spec.method == "gains" or spec.schedule):
+        raise CTError("refreshes take new random directions: basis='random', no gains, no schedule.")
     config = CTConfig(
-        k=k,
+        k={re.escape(n): own for n, own in ks.items()} or spec.k,
         form=spec.method,  # type: ignore[arg-type]
         basis=spec.basis,
         basis_file=str(learned) if learned else None,
@@ -232,59 +238,19 @@ def share_with_head(model: nn.Module) -> None:
     head.register_forward_hook(add)
 
 
-# --------------------------------------------------------------------------------------------------------- how much K
+# ----------------------------------------------------------------------------------------------------------- refresh
 
 
-Modules = Mapping[str, nn.Module]
+@torch.no_grad()
+def refresh(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fold what was learned into the weights, and take new random directions at zero; the optimizer's state is reset.
 
-
-def by_effective_rank(model: nn.Module, k: int, modules: Modules, batches: Batches, _: Path | None) -> dict[str, int]:
-    """K per matrix in proportion to the effective rank of its mean gradient, at the total of `k` each (paper 84)."""
-    gradients = mean_gradients(model, dict(modules), batches)
-    ranks = [effective_rank(singular_values(g)) for g in gradients.values()]
-    limits = [min(shape) for shape in shapes_of(modules)]
-    return dict(zip(gradients, allocate(ranks, k * len(ranks), limits), strict=True))
-
-
-def by_energy(_: nn.Module, k: int, modules: Modules, __: Batches, learned: Path | None) -> dict[str, int]:
-    """K per matrix so that of all learned directions those remain which siblings use most, `k` each in the mean.
-
-    Use is the mean square of the siblings' amplitudes; a file has the most used of a matrix first. Each keeps one.
+    The folded part is known by the seed of its directions and its trained numbers: so many more must be stored.
     """
-    if learned is None:
-        raise CTError("allocation='energy' goes by how siblings use learned directions; it needs basis='learned'.")
-    amplitudes = Learned.read(learned).siblings
-    energy = {name: amplitudes[clean_name(name)].square().mean(0) for name in modules}
-    rest, more = torch.cat([e[1:] for e in energy.values()]), (k - 1) * len(energy)
-    if more > len(rest):
-        raise CTError(f"allocation='energy' keeps k={k} in the mean of fewer learned directions; learn more of them.")
-    least = float(rest.sort(descending=True).values[more - 1]) if more else torch.inf
-    return {name: 1 + int((e[1:] >= least).sum()) for name, e in energy.items()}
-
-
-ALLOCATIONS = {"effective_rank": by_effective_rank, "energy": by_energy}
-
-
-def allocate(weights: Sequence[float], total: int, limits: Sequence[int]) -> list[int]:
-    """Whole numbers that sum to `total`, in proportion to `weights`, each at least 1 and at most its limit.
-
-    What is left after rounding down goes to the largest remainders. Raises CTError where the bounds leave no room.
-    """
-    if not len(limits) <= total <= sum(limits):
-        raise CTError(
-            f"{total} directions do not fit {len(limits)} matrices that take 1 to {max(limits)} each; change k."
-        )
-
-    def shares(scale: float) -> list[float]:
-        return [min(max(scale * w, 1.0), limit) for w, limit in zip(weights, limits, strict=True)]
-
-    low, high = 0.0, max(limit / w for w, limit in zip(weights, limits, strict=True))
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(shares(middle)) < total else (low, middle)
-    exact = shares(high)
-    whole = [int(share) for share in exact]
-    largest = sorted(range(len(whole)), key=lambda i: whole[i] - exact[i])
-    for i in largest[: total - sum(whole)]:
-        whole[i] += 1
-    return whole
+    layers = layers_of(model)
+    config = next(iter(layers.values())).ctsft_config["default"]
+    for layer in layers.values():
+        layer.get_base_layer().weight.add_(layer.get_delta_weight("default"))  # type: ignore[operator]
+        layer.ctsft_coefficients["default"].zero_()
+    config.seed += REFRESHED
+    resize(model, config.k, optimizer=optimizer)

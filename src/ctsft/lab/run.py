@@ -18,7 +18,7 @@ from ctsft.adapter.resize import resize
 from ctsft.choices import FORMS
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions
-from ctsft.lab.methods import Equipped, equip
+from ctsft.lab.methods import Equipped, equip, refresh
 from ctsft.lab.prefix import Replay, prefix, replay_prefix
 from ctsft.lab.records import Record, finite
 from ctsft.lab.rules import RULES
@@ -83,7 +83,7 @@ class Run:
             with autocast(spec):
                 measured_on = [inputs(windows(train, spec, "rate", i)) for i in range(BATCHES)]
                 self.lr = RULES[spec.rule](self.model.eval(), measured_on)
-        self.adapter_bytes = self.equipped.adapter_bytes()
+        self.adapter_bytes = self.equipped.adapter_bytes() * (1 + spec.refreshes)
         self.replay: Replay | None = None
         if spec.targets.startswith("last2") and spec.batches == "fixed" and len(blocks(self.model)) > 2:
             self.replay = replay_prefix(self.model, 2)
@@ -163,12 +163,14 @@ class Run:
 
     def train(self) -> None:
         """All updates, or those up to a loss that is not finite; the clock stands still for probes and evaluations."""
-        spec, evaluated = self.spec, {*self.spec.evaluate, self.spec.steps}
+        spec, evaluated, periods = self.spec, {*self.spec.evaluate, self.spec.steps}, self.spec.refreshes + 1
         optimizer = torch.optim.Adam(self.equipped.trainable, lr=self.lr)
         for step in range(spec.steps):
             if spec.schedule and (new := k_at(spec.schedule, step, spec.steps)) != self.k:
                 self.k = new
                 resize(self.model, new, optimizer=optimizer, carry=spec.carry)
+            if step and step * periods // spec.steps > (step - 1) * periods // spec.steps:
+                refresh(self.model, optimizer)
             if spec.decay == "linear":
                 optimizer.param_groups[0]["lr"] = self.lr * (1 - step / spec.steps)
             ids = self.first if step == 0 or spec.batches == "fixed" else next(self.feed)
@@ -205,7 +207,7 @@ class Run:
         return {
             "adapted": {"matrices": len(equipped.shapes), "names": equipped.names, "shapes": equipped.shapes},
             "trained": equipped.trained,
-            "counted": equipped.counted(self.k),
+            "counted": equipped.counted(self.k if spec.allocation == "uniform" else None),
             "adapter_bytes": equipped.adapter_bytes() if spec.schedule else self.adapter_bytes,
             "memory_bytes": equipped.memory_bytes,
             "tokens": done * spec.batch * spec.length,

@@ -21,7 +21,7 @@ from ctsft.data.rows import BUILTIN as BUILTIN_TEXTS
 from ctsft.data.rows import load_corpus
 from ctsft.errors import CTError
 from ctsft.files import HUB_ID
-from ctsft.lab.methods import FEEDFORWARD
+from ctsft.lab.allocations import FEEDFORWARD
 from ctsft.lab.own import Own
 from ctsft.lab.spec import Spec
 from ctsft.models.load import BUILTIN as BUILTIN_MODELS

@@ -22,7 +22,8 @@ Lone = Literal["tinylora", "unilora", "grouped", "moved", "with-norms", "compone
 Method = Literal[Forms, Published, Lone]
 Protocol = Literal["honest", "paper"]
 Learning = Literal["joint", "nested", "fixed", "pairs", "mean", "hosvd"]
-Allocation = Literal["uniform", "effective_rank", "energy"]  # see ALLOCATIONS in methods.py
+Spread = Literal["uniform", "effective_rank", "energy", "gradient", "slope", "fisher", "gora"]
+Allocation = Literal[Spread, "attention", "down", "one_down"]  # see ALLOCATIONS in allocations.py
 Rule = Literal["", "auto", "weights", "line", "constant", "trl", "peft"]  # see RULES in lab/rules.py
 
 
@@ -60,6 +61,10 @@ class Spec(Strict):
     )
     schedule: str = Field(default="", description="K over the steps, such as 8>16@1/2; then k is its first K")
     carry: bool = Field(default=False, description="carry the optimizer's state over a change of K; papers reset it")
+    refreshes: Annotated[int, Field(ge=0)] = Field(
+        default=0,
+        description="times, evenly spread, that what was learned is folded into W and random directions drawn",
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     batches: Literal["fixed", "fresh"] = Field(default="fixed", description="the same batch every step, or new text")
     batch: Annotated[int, Field(ge=1)] = Field(default=2, description="sequences a step")
