@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import random
 import statistics
@@ -14,6 +15,7 @@ from ctsft.lab.stats import (
     bounds,
     corrected,
     correlation_z,
+    crossed_test,
     holm,
     one_fails,
     over_looks,
@@ -123,9 +125,9 @@ def test_two_looks_cost_twice_the_smaller():
 @pytest.mark.parametrize("level", [0.05, 0.001])
 def test_bounds_are_where_the_test_changes_its_mind(level):
     found = numbers(6, mean=2.0, seed=3)
-    low, high = bounds(found, level)
+    low, high = bounds(t_test(found), level)
     assert t_test(found, low).above == pytest.approx(level) and t_test(found, high).below == pytest.approx(level)
-    assert bounds(found[:2], level) == (-math.inf, math.inf)
+    assert bounds(t_test(found[:2]), level) == (-math.inf, math.inf)
 
 
 @pytest.mark.parametrize(("distance", "level"), [(2.0, 0.01), (1.0, 0.05), (0.7, 0.001)])
@@ -140,6 +142,46 @@ def test_what_no_number_of_seeds_settles():
     assert seeds_needed(0.001, 0.05, 1000) is None
     assert seeds_needed(0.0, 0.05, 1000) is None and seeds_needed(-1.0, 0.05, 1000) is None
     assert seeds_needed(1e6, 0.05, 1000) == 3
+
+
+def table(seeds, windows, sds, seed):
+    """Numbers with a part of the seed's, one of the window's and a rest, of standard deviations `sds`."""
+    rows, columns = numbers(seeds, sd=sds[0], seed=f"{seed} s"), numbers(windows, sd=sds[1], seed=f"{seed} w")
+    rest = iter(numbers(seeds * windows, sd=sds[2], seed=f"{seed} r"))
+    return [[a + b + next(rest) for b in columns] for a in rows]
+
+
+def test_seeds_and_windows_are_crossed_as_the_sums_of_squares_say():
+    found, s, w = table(4, 6, (0.5, 1.0, 0.7), 1), 4, 6
+    mean = sum(map(sum, found)) / 24
+    rows, columns = [sum(row) / w for row in found], [sum(column) / s for column in zip(*found, strict=True)]
+    ms_s = w * sum((r - mean) ** 2 for r in rows) / (s - 1)
+    ms_w = s * sum((c - mean) ** 2 for c in columns) / (w - 1)
+    left = sum((found[i][j] - rows[i] - columns[j] + mean) ** 2 for i in range(s) for j in range(w))
+    ms_r = left / ((s - 1) * (w - 1))
+    assert ms_w > ms_r
+    df = (ms_s + ms_w - ms_r) ** 2 / (ms_s**2 / 3 + ms_w**2 / 5 + ms_r**2 / 15)
+    error = math.sqrt((ms_s + ms_w - ms_r) / 24)
+    test = crossed_test(found, 0.1)
+    assert (test.n, test.mean, test.error, test.df) == (4, pytest.approx(mean), pytest.approx(error), pytest.approx(df))
+    assert test.above == pytest.approx(t_tail((mean - 0.1) / error, df), rel=1e-6)
+
+
+def test_windows_that_do_not_differ_leave_the_test_over_seeds():
+    found = [[x] * 5 for x in numbers(4, mean=0.3, seed=2)]
+    one, other = crossed_test(found, 0.1), t_test([row[0] for row in found], 0.1)
+    assert dataclasses.astuple(one) == pytest.approx(dataclasses.astuple(other))
+    assert crossed_test([[1.0, 2.0], [1.0, 2.0]]).above == 1.0  # two seeds
+    assert crossed_test([[1.0], [2.0], [4.0]]) == t_test([1.0, 2.0, 4.0])
+
+
+@pytest.mark.parametrize("sds", [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.2, 1.0, 0.3)])
+def test_other_seeds_and_other_windows_lie_in_the_interval(sds):
+    tests = [crossed_test(table(5, 20, sds, seed)) for seed in range(400)]
+    assert sum(t.low <= 0 <= t.high for t in tests) / 400 >= 0.92
+    if sds[1] == 1:  # where windows differ, seeds alone say too much
+        alone = [t_test([sum(row) / 20 for row in table(5, 20, sds, seed)]) for seed in range(400)]
+        assert sum(t.low <= 0 <= t.high for t in alone) / 400 < 0.85
 
 
 def test_correlation_is_fishers_z():

@@ -14,20 +14,21 @@ MOST = 1000  # seeds that are counted to
 
 
 def unsettled(claim: Claim, sides: Sequence[Side], side: Side, level: float) -> str:
-    """Two sentences on an open claim, from its `sides` and the one that is told of; "" where seeds are too few.
+    """Two sentences on an open claim, from its `sides` and the one that is told of (one where it is tested over
+    windows); "" where seeds are too few.
 
     `level` is what one test may spend at one look: were the claim's bound ruled out, that would be a verdict. The seeds
     are those with which four of five such experiments would settle it, if means and spreads stay as they are.
     """
-    low, high = bounds(side.numbers, level)
+    low, high = bounds(side.test, level)
     if math.isinf(low):
         return ""
+    told = f"Ruled out: below {short(side.show(low))} and above {short(side.show(high))}{unit(claim)}."
+    if side.windows:  # more seeds make the part that windows have no smaller
+        return told
     seeds, word = settled_by(sides, level)
     count = f"more than {MOST:,}" if seeds is None else f"{seeds:,}"
-    return (
-        f"Ruled out: below {short(side.show(low))} and above {short(side.show(high))}{unit(claim)}. "
-        f"To settle it takes {count} seeds, if it is {word} as it now looks."
-    )
+    return f"{told} To settle it takes {count} seeds, if it is {word} as it now looks."
 
 
 def settled_by(sides: Sequence[Side], level: float) -> tuple[int | None, str]:

@@ -15,8 +15,9 @@ from ctsft.errors import CTError
 from ctsft.lab.claims import OPEN, Claim, Selection, expanded
 from ctsft.lab.compare import ArmRuns, chosen, measured, references
 from ctsft.lab.spec import Spec
-from ctsft.lab.stats import Test, correlation_z, fisher, slope, t_test
+from ctsft.lab.stats import Test, correlation_z, crossed_test, fisher, slope, t_test
 from ctsft.lab.tables import short
+from ctsft.lab.windows import by_window
 
 ONE = "the arm"  # where a claim reads only one
 
@@ -31,6 +32,7 @@ class Reading:
     arm: ArmRuns
     metric: str
     by_seed: dict[int, float]
+    by_window: dict[int, list[float]] = field(default_factory=dict)  # by seed, where the runs hold it
 
     @property
     def mean(self) -> float:
@@ -66,7 +68,7 @@ class Evidence:
         if not found and not any(r.diverged for r in arm.records):
             return None
         self.arms |= {one.spec.model_dump_json(): one for one in every}
-        return Reading(label, arm, metric, found)
+        return Reading(label, arm, metric, found, by_window(arm, references(arm, pool, metric), metric))
 
     def readings(self, selection: Selection, metric: str) -> list[Reading]:
         """The arms of a selection. All that are missing are told at once."""
@@ -133,24 +135,46 @@ def paired(readings: Sequence[Reading], compute: Callable[..., float | None]) ->
     return [number for number in found if number is not None]
 
 
+def windowed(readings: Sequence[Reading], compute: Callable[..., float | None]) -> list[list[float]]:
+    """`compute` of the readings' numbers, (seeds, windows), for a function that is linear; [] where a run has none."""
+    seeds = [s for s in readings[0].by_seed if all(s in reading.by_seed for reading in readings)]
+    if compute not in (subtract, float) or not all(s in reading.by_window for s in seeds for reading in readings):
+        return []
+    return [[*map(compute, *(reading.by_window[s] for reading in readings))] for s in seeds]  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------- the predicates
 
 
 @dataclass(frozen=True)
 class Side:
-    """The claim says that the mean of `numbers` (one a seed) is above `bound`, or below it."""
+    """The claim says that the mean of `numbers` (one a seed) is above `bound`, or below it; tested over seeds, or over
+    seeds and windows where `windows` has them."""
 
     label: str
     numbers: list[float]
     bound: float
     above: bool = True
     show: Callable[[float], float] = float  # from the scale of the test to that of the sentence
+    windows: list[list[float]] = field(default_factory=list)  # (seeds, windows), of which `numbers` are the means
+
+    @classmethod
+    def of(
+        cls,
+        label: str,
+        readings: Sequence[Reading],
+        compute: Callable[..., float | None],
+        bound: float,
+        above: bool = True,
+    ) -> "Side":
+        """That of a number computed from every seed of the readings."""
+        return cls(label, paired(readings, compute), bound, above, windows=windowed(readings, compute))
 
     @cached_property  # verdicts ask for it many times
     def test(self) -> Test:
         if not self.numbers:
             return Test(0, math.nan, math.nan, math.nan, 1.0, 1.0)
-        return t_test(self.numbers, self.bound)
+        return crossed_test(self.windows, self.bound) if self.windows else t_test(self.numbers, self.bound)
 
     @property
     def holds(self) -> float:
@@ -170,7 +194,8 @@ class Side:
         if not test.n:
             return f"{self.label} is not known: all runs diverged, or do not vary"
         mean, low, high = (short(self.show(v)) for v in (test.mean, test.low, test.high))
-        return f"{self.label} is {mean} [{low}, {high}], claimed {word} {short(self.show(self.bound))}"
+        over = f" over {len(self.windows[0])} windows" if self.windows else ""
+        return f"{self.label} is {mean} [{low}, {high}]{over}, claimed {word} {short(self.show(self.bound))}"
 
 
 def subtract(x: float, y: float) -> float:
@@ -195,9 +220,7 @@ def couples(claim: Claim, evidence: Evidence) -> list[tuple[Reading, Reading]]:
 
 
 def less(claim: Claim, evidence: Evidence) -> list[Side]:
-    return [
-        Side(f"{y.label} minus {x.label}", paired([y, x], subtract), claim.effect) for x, y in couples(claim, evidence)
-    ]
+    return [Side.of(f"{y.label} minus {x.label}", [y, x], subtract, claim.effect) for x, y in couples(claim, evidence)]
 
 
 def quantity(claim: Claim, evidence: Evidence) -> list[Side]:
@@ -209,26 +232,25 @@ def quantity(claim: Claim, evidence: Evidence) -> list[Side]:
         label = f"{'largest' if claim.over == 'max' else 'mean'} {claim.metric} of {len(every)} arms"
         bound = claim.number + claim.effect * (1 if claim.predicate == "above" else -1)
         return [Side(label, paired(every, lambda *found: reduce(found)), bound, claim.predicate == "above")]
+    combine: Callable[..., float | None]
     combine, word = (divide, "over") if claim.of == "ratio" else (subtract, "minus")
-    numbers: list[tuple[str, list[float]]] = []
+    numbers: list[tuple[str, list[Reading]]] = []
     if claim.b:
-        pairs = couples(claim, evidence)
-        numbers = [(f"{x.label} {word} {y.label}", paired([x, y], combine)) for x, y in pairs]
+        numbers = [(f"{x.label} {word} {y.label}", [x, y]) for x, y in couples(claim, evidence)]
     elif claim.against_metric:
         both = (evidence.readings(claim.a, metric) for metric in (claim.metric, claim.against_metric))
-        numbers = [
-            (f"{claim.metric} {word} {claim.against_metric}{x.of}", paired([x, y], combine))
-            for x, y in zip(*both, strict=True)
-        ]
+        numbers = [(f"{claim.metric} {word} {claim.against_metric}{x.of}", [x, y]) for x, y in zip(*both, strict=True)]
     else:
-        numbers = [(claim.metric + x.of, paired([x], float)) for x in evidence.readings(claim.a, claim.metric)]
+        combine = float
+        numbers = [(claim.metric + x.of, [x]) for x in evidence.readings(claim.a, claim.metric)]
     out = []
     for label, found in numbers:
         if claim.predicate in ("near", "above"):
-            out.append(Side(label, found, claim.number + claim.effect * (1 if claim.predicate == "above" else -1)))
+            bound = claim.number + claim.effect * (1 if claim.predicate == "above" else -1)
+            out.append(Side.of(label, found, combine, bound))
         if claim.predicate in ("near", "below"):
-            sign = -1 if claim.predicate == "below" else 1
-            out.append(Side(label, found, claim.number + claim.effect * sign, above=False))
+            bound = claim.number + claim.effect * (-1 if claim.predicate == "below" else 1)
+            out.append(Side.of(label, found, combine, bound, above=False))
     return out
 
 

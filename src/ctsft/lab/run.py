@@ -44,7 +44,7 @@ from ctsft.spectral.weights import matrix
 CALIBRATION_BATCHES = 4
 SAMPLES = {"batch": 16, "length": 31}  # single samples for gradient_snr: many and short
 FLOPS: dict[str, float] = {}  # of a step, by the spec without rate and seed
-FIRST_HELDOUT: dict[str, float] = {}  # of the untouched models
+FIRST_HELDOUT: dict[str, tuple[float, list[float]]] = {}  # of the untouched models: the loss, and by windows
 ABLATIONS = ("order", "reverse", "random")
 KEPT = (0, 2, 4, 8, 16, 20, 24, 32, 48, 64)
 
@@ -95,7 +95,7 @@ class Run:
         self.tuning = spec.seed in TUNE_SEEDS and spec.batches == "fixed"
         self.train_loss: list[float] = []
         self.heldout: list[tuple[int, float]] = []
-        self.heldout_parts: list[float] = []  # of the last evaluation, by `batch` windows
+        self.heldout_parts: list[list[float]] = []  # of every evaluation, by `batch` windows
         self.k, self.diverged, self.flops, self.seconds = spec.k, False, 0.0, 0.0
 
     def loss(self, ids: Tensor, *name: object) -> Tensor:
@@ -106,13 +106,13 @@ class Run:
             value: Tensor = self.model(**inputs(ids), use_cache=False).loss
         return value
 
-    def heldout_loss(self) -> float:
+    def heldout_loss(self) -> tuple[float, list[float]]:
+        """Over all windows, and by `batch` of them."""
         self.model.eval()
         parts = self.heldout_ids.split(self.spec.batch)
         with torch.no_grad():
             losses = [self.loss(part, "heldout", i).item() for i, part in enumerate(parts)]
-        self.heldout_parts = losses
-        return sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(self.heldout_ids)
+        return sum(loss * len(part) for loss, part in zip(losses, parts, strict=True)) / len(self.heldout_ids), losses
 
     def evaluate(self, step: int) -> None:
         """Measure the held-out loss; that of the untouched model, which most arms start as, once for all of them."""
@@ -120,9 +120,11 @@ class Run:
             alike = replaced(tokens_of(self.spec), dtype=self.spec.dtype, tied=self.spec.tied).key
             if alike not in FIRST_HELDOUT:
                 FIRST_HELDOUT[alike] = self.heldout_loss()
-            self.heldout.append((step, FIRST_HELDOUT[alike]))
+            loss, parts = FIRST_HELDOUT[alike]
         else:
-            self.heldout.append((step, self.heldout_loss()))
+            loss, parts = self.heldout_loss()
+        self.heldout.append((step, loss))
+        self.heldout_parts.append(parts)
 
     def flops_of_a_step(self) -> float:
         """Of forward and backward on one batch, counted (not timed) once for all runs that differ in rate and seed."""
@@ -158,7 +160,7 @@ class Run:
             if self.spec.ablate:
                 measures["ablation"] = self.ablations()
             if self.spec.heldout_windows != Spec.model_fields["heldout_windows"].default:
-                measures["heldout_parts"] = brief(self.heldout_parts)
+                measures["heldout_parts"] = brief({"first": self.heldout_parts[0], "last": self.heldout_parts[-1]})
         return Record(spec=self.spec, **finite(self.told() | {"measures": measures}))
 
     def train(self) -> None:

@@ -1,4 +1,5 @@
-"""The tests that a verdict rests on: one-sided t tests over seeds, their intersection, two looks, Holm's correction."""
+"""The tests that a verdict rests on: one-sided t tests over seeds, or over seeds and held-out windows; their
+intersection, two looks, Holm's correction."""
 
 import bisect
 import math
@@ -27,6 +28,8 @@ class Test:
     high: float
     above: float  # one-sided p against "the mean is at most the bound"
     below: float  # one-sided p against "the mean is at least the bound"
+    error: float = 0.0  # standard error of the mean
+    df: float = 0.0  # degrees of freedom of `error`
 
 
 def t_test(numbers: Sequence[float], bound: float = 0.0) -> Test:
@@ -39,17 +42,42 @@ def t_test(numbers: Sequence[float], bound: float = 0.0) -> Test:
     if n == 0:
         raise CTError("there is no number to test; run the experiment with at least one seed.")
     mean = statistics.fmean(numbers)
+    return _tested(n, mean, statistics.stdev(numbers) / math.sqrt(n) if n > 1 else 0.0, n - 1, bound)
+
+
+def crossed_test(table: Sequence[Sequence[float]], bound: float = 0.0) -> Test:
+    """`t_test` of a table, (seeds, windows), whose mean shall hold for other seeds and for other windows of text too.
+
+    Both are drawn: number = mean + seed + window + rest, and the variance of the mean is (MS_seeds + MS_windows -
+    MS_rest) / (seeds x windows), with Satterthwaite's degrees of freedom (two-way random effects; Searle, Casella and
+    McCulloch 1992). It is held at or above that of the seeds alone, so windows only widen an interval.
+    """
+    x = numpy.array(table, dtype=float)
+    n, windows = x.shape
+    mean = float(x.mean())
+    if min(n, windows) < 2:
+        return t_test(x.mean(1).tolist(), bound)
+    by_seed, by_window = x.mean(1, keepdims=True), x.mean(0, keepdims=True)
+    rest = x - by_seed - by_window + mean
+    squares = windows * by_seed.var(ddof=1), n * by_window.var(ddof=1), (rest**2).sum() / ((n - 1) * (windows - 1))
+    freedom = n - 1, windows - 1, (n - 1) * (windows - 1)
+    total, parts = squares[0] + squares[1] - squares[2], list(zip(squares, freedom, strict=True))
+    if squares[1] <= squares[2]:  # windows do not differ by more than the rest explains
+        total, parts = squares[0], parts[:1]
+    below = sum(square**2 / df for square, df in parts)
+    return _tested(n, mean, math.sqrt(total / x.size), float(total**2 / below) if below else n - 1, bound)
+
+
+def _tested(n: int, mean: float, error: float, df: float, bound: float) -> Test:
     if n < 2:
         return Test(n, mean, mean, mean, 1.0, 1.0)
-    spread = statistics.stdev(numbers)
-    if spread <= 1e-12 * math.sqrt(n) * max(abs(mean), abs(bound)):  # equal up to rounding
+    if error <= 1e-12 * max(abs(mean), abs(bound)):  # equal up to rounding
         low, high, above, below = mean, mean, float(mean <= bound), float(mean >= bound)
     else:
-        error = spread / math.sqrt(n)
-        t, width = (mean - bound) / error, float(stdtrit(n - 1, 0.975)) * error
+        t, width = (mean - bound) / error, float(stdtrit(df, 0.975)) * error
         low, high = mean - width, mean + width
-        above, below = float(stdtr(n - 1, -t)), float(stdtr(n - 1, t))  # not 1 - p: it keeps its digits
-    return Test(n, mean, low, high, *((above, below) if n >= SEEDS else (1.0, 1.0)))
+        above, below = float(stdtr(df, -t)), float(stdtr(df, t))  # not 1 - p: it keeps its digits
+    return Test(n, mean, low, high, *((above, below) if n >= SEEDS else (1.0, 1.0)), error, df)
 
 
 def all_hold(ps: Sequence[float]) -> float:
@@ -87,14 +115,13 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def bounds(numbers: Sequence[float], level: float) -> tuple[float, float]:
-    """The means that numbers, one a seed, leave open: one test at `level` rules out what is below the first, and one
-    what is above the second (t). Infinite for fewer than SEEDS numbers."""
-    if len(numbers) < SEEDS:
+def bounds(test: Test, level: float) -> tuple[float, float]:
+    """The means that a test leaves open: at `level` one rules out what is below the first, and one what is above the
+    second (t). Infinite for fewer than SEEDS seeds."""
+    if test.n < SEEDS:
         return -math.inf, math.inf
-    mean, n = statistics.fmean(numbers), len(numbers)
-    width = float(stdtrit(n - 1, 1 - level)) * statistics.stdev(numbers) / math.sqrt(n)
-    return mean - width, mean + width
+    width = float(stdtrit(test.df, 1 - level)) * test.error
+    return test.mean - width, test.mean + width
 
 
 def seeds_needed(distance: float, level: float, most: int, power: float = 0.8) -> int | None:
