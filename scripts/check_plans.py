@@ -1,12 +1,13 @@
-"""Check plans against the whole sweeps that they replace.
+"""Check plans against the whole sweeps that they replace; `scripts/judge_plans.py` prints what came of it.
 
-    CTSFT_MODELS=... CTSFT_TEXTS=... python scripts/check_plans.py learn | fit | plans | sweeps | table [PAIR ...]
+    CTSFT_MODELS=... CTSFT_TEXTS=... python scripts/check_plans.py learn | fit | plans | sweeps [PAIR ...]
 
 `learn` trains what predictions are fitted on (records/plans/fit.jsonl) and `fit` prints the constants of
 `ctsft.plan.predict`. `plans` makes the plan of every pair (records/plans/PAIR/plan.json) before `sweeps` trains its
 arms in full (records/plans/PAIR/comparison.jsonl): every rate of a grid for all steps on a seed that is not judged, the
-grid grown at its edges, then the best rate on the seeds that are. `table` prints predicted against actual. What is
-there is kept: a call goes on where the last one ended. Texts are those of `scripts/families.py`, in
+grid grown at its edges, then the best rate on the seeds that are. Of the earlier pairs, whose sweeps are known,
+`plans` makes the plan again (remade.json), for the fit. What is there is kept: a call goes on where the last one ended.
+Seconds of plans are the processor's, as the machine is shared. Texts are those of `scripts/families.py`, in
 CTSFT_MODELS/texts.
 """
 
@@ -16,24 +17,27 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from ctsft.files import write_json
 from ctsft.plan.record import Trial
+from ctsft.plan.told import read_plan
 
 RECORDS = Path(__file__).parents[1] / "records" / "plans"
 SMALL = ("diagonal-4", "diagonal-16", "diagonal-32", "gains-32", "lora-1", "lora-8", "vera-256")  # 32: all it has
 ALL = ("diagonal-4", "diagonal-16", "diagonal-64", "diagonal-256", "gains-64", "lora-1", "lora-8", "vera-256")
+FEW = ("diagonal-16", "diagonal-64", "gains-64", "lora-8")  # of the largest model
 TEXT = {"max_length": 128}
 TUNING, SEEDS = 0, (1, 2)  # the plan races on seed 0, too
+HELD = {"smollm2-135m": 24}  # rows that a sweep scores, of the others 64
 
-# Model and text of every pair, with what differs from a question's defaults. The last three are not swept yet.
-PAIRS: dict[str, dict[str, Any]] = {
+# Model and text of every pair, with what differs from a question's defaults.
+EARLIER: dict[str, dict[str, Any]] = {  # checked first; predictions are fitted on them, too, since
     "stories260k-acts": {"data": "texts/bible-acts.txt", "steps": 100, "batch_size": 4, **TEXT},
     "stories260k-sql50": {"data": "sql", "limit": 50, "steps": 60, "batch_size": 2},
     "stories260k-sql5000": {"data": "sql", "limit": 5000, "steps": 60, "batch_size": 2},
@@ -42,11 +46,17 @@ PAIRS: dict[str, dict[str, Any]] = {
     "stories15m-melville": {"data": "texts/authors-melville.txt", "steps": 30, "batch_size": 2, **TEXT},
     "stories15m-airline50": {"data": "texts/databases-airline.jsonl", "limit": 50, "steps": 30, "batch_size": 2},
     "photonic-sql500": {"data": "sql", "limit": 500, "steps": 30, "batch_size": 2},
+}
+PAIRS = EARLIER | {
     "photonic-matthew": {"data": "texts/bible-matthew.txt", "steps": 30, "batch_size": 2, **TEXT},
     "stories15m-sql": {"data": "sql", "steps": 24, "batch_size": 2},
-    "smollm2-135m-sql": {"data": "sql", "steps": 12, "batch_size": 2},
+    "smollm2-135m-sql": {"data": "sql", "steps": 12, "batch_size": 2, "arms": [*FEW], "spend": 180.0},
+    "stories260k-numpy": {"data": "texts/libraries-numpy.txt", "steps": 60, "batch_size": 2, **TEXT},
+    "stories260k-zoo40": {"data": "texts/databases-zoo.jsonl", "limit": 40, "steps": 60, "batch_size": 2},
+    "stories260k-austen": {"data": "texts/authors-austen.txt", "steps": 400, "batch_size": 2, "max_length": 64},
 }
-WHOLE = ("stories260k-acts",)  # with every arm of its plan and two seeds; the others without VeRA and LoRA r1, on one
+TWICE = ("stories260k-acts",)  # on two seeds
+WHOLE = (*TWICE, "stories260k-numpy", "stories260k-zoo40", "stories260k-austen")  # with VeRA and LoRA r1, too
 # Of the fit: no text of these is in a pair above.
 FIT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stories260k-whitman": (
@@ -111,8 +121,9 @@ def learn(names: Iterable[str]) -> None:
 def growths() -> dict[str, list[tuple[str, list[float], float]]]:
     """By pair: arm, what `predict.growth` knows of it, and the log of the growth of its drop that came.
 
-    Pairs of `learn`, and those of the laboratory's records: arms tuned there on several seeds, whose loss on the way is
-    the mean training loss of steps 9 to 12. Texts on which it hardly falls are left out, and those of PAIRS.
+    Pairs of `learn`; the earlier ones, from the races of their plans made again to the ends of their sweeps; and those
+    of the laboratory's records: arms tuned there on several seeds, whose loss on the way is the mean training loss of
+    steps 9 to 12. Texts on which it hardly falls are left out, and those of PAIRS.
     """
     whole: dict[tuple[str, str], Trial] = {}
     races: dict[tuple[str, str], list[Trial]] = defaultdict(list)
@@ -130,6 +141,15 @@ def growths() -> dict[str, list[tuple[str, list[float], float]]]:
                 longer, size = math.log(full.steps / race.steps), math.log10(full.trained) - 3
                 known = [longer, longer * size, math.log(full.batch_size / race.batch_size)]
                 found[pair].append((arm, known, math.log((start - full.end) / (start - race.end))))
+    for pair in EARLIER:
+        plan, ends = read_plan(RECORDS / pair / "remade.json"), ends_of(pair)
+        start = lines(RECORDS / pair / "comparison.jsonl")[0]["heldout"][0][1]
+        for o in plan.options:
+            if o.race and o.candidate in ends:
+                longer, size = math.log(o.steps / plan.race.steps), math.log10(o.trained) - 3
+                known = [longer, longer * size, math.log(PAIRS[pair]["batch_size"] / plan.race.rows)]
+                grown = (start - ends[o.candidate]) / (plan.start - o.race)
+                found[pair].append((o.candidate, known, math.log(grown)))
     checked = {(model_of(pair), Path(asked["data"]).stem) for pair, asked in PAIRS.items()}
     for file in sorted(RECORDS.parent.glob("*.jsonl")):
         for line in lines(file):
@@ -158,19 +178,42 @@ def solved(data: dict[str, Any], pairs: Iterable[str]) -> Any:
 
 
 def constants() -> tuple[float, ...]:
-    """The constants of `predict`: of all pairs the growth, of the pairs left out in turn what it misses."""
+    """The constants of `predict`: of all pairs the growth, of the pairs left out in turn what it misses.
+
+    PAIR and ARM are what the pairs' median misses and the rest spread, times one factor: the 90% quantile of the misses
+    of pairs left out, in units of the interval that they would have had. Pairs are taken as exchangeable, arms of one
+    pair are not, so each pair has the weight 1 / (n + 1), shared by its arms, and the next pair the rest (conformal
+    prediction for data in groups: Dunn, Wasserman and Ramdas, 2023).
+    """
     data = growths()
-    common, own, raced = [], [], []
+    missed: dict[str, list[tuple[float, float]]] = {}
+    common, rest = {}, defaultdict(list)
     for pair, rows in data.items():
         others = solved(data, (p for p in data if p != pair))
-        plain = [(known[0], y - np.dot(known, others)) for _, known, y in rows if not known[2]]
-        miss = float(np.median([left / longer for longer, left in plain]))
-        common.append(miss)
-        own += [left - miss * longer for longer, left in plain]
-        raced += [left - miss * longer for longer, left in plain] if pair in FIT else []
-        print(f"{pair}: {len(rows)} trials, left out: off by {miss:+.3f} for every log of the steps")
-    arm, relative = (float(np.quantile(np.abs(left), 0.9)) for left in (own, raced))
-    return (*map(float, solved(data, data)), 1.64 * float(np.std(common)), arm, relative)
+        missed[pair] = [
+            (known[0], y - np.dot(known, others)) for _, known, y in rows if not known[2] or pair in EARLIER
+        ]
+        common[pair] = float(np.median([left / longer for longer, left in missed[pair]]))
+        rest[pair] = [left - common[pair] * longer for longer, left in missed[pair]]
+        print(f"{pair}: {len(rows)} trials, left out: off by {common[pair]:+.3f} for every log of the steps")
+    pair_miss = 1.64 * float(np.std([*common.values()]))
+    arm, relative = (quantile(np.abs(np.concatenate([rest[p] for p in of]))) for of in (data, FIT))
+    factor = conformal(
+        [[abs(left) / math.hypot(arm, pair_miss * longer) for longer, left in rows] for rows in missed.values()]
+    )
+    print(f"of {len(data)} pairs, intervals {factor:.2f} times as wide hold 90%")
+    return (*map(float, solved(data, data)), factor * pair_miss, factor * arm, relative)
+
+
+def quantile(misses: Any) -> float:
+    return float(np.quantile(misses, 0.9))
+
+
+def conformal(groups: Sequence[Sequence[float]], level: float = 0.9) -> float:
+    """The score that one of a new group exceeds in 1 - `level` of cases; infinite where the groups are too few."""
+    each = sorted((score, 1 / len(group) / (len(groups) + 1)) for group in groups for score in group)
+    total = np.cumsum([weight for _, weight in each])
+    return next((score for (score, _), sofar in zip(each, total, strict=True) if sofar >= level - 1e-9), math.inf)
 
 
 def fit() -> None:
@@ -181,25 +224,22 @@ def fit() -> None:
 # ---- plans and sweeps
 
 
-def plans(names: Iterable[str], spend: float | None) -> None:
-    """The plan of every pair, before its sweep."""
-    from ctsft.plan.frontier import write_plan
-    from ctsft.plan.plan import answered
+def plans(names: Iterable[str]) -> None:
+    """The plan of every pair, before its sweep; of EARLIER pairs once more."""
+    from ctsft.plan import plan, trial
     from ctsft.plan.question import make_question
 
+    plan.time = trial.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.process_time)
     for pair in names:
-        out = RECORDS / pair
-        if (out / "plan.json").exists():
+        path = RECORDS / pair / ("remade.json" if pair in EARLIER else "plan.json")
+        if path.exists():
             continue
-        if (out / "comparison.jsonl").exists():
+        if pair not in EARLIER and (RECORDS / pair / "comparison.jsonl").exists():
             raise SystemExit(f"{pair} was swept before it was planned")
-        busy = time.process_time()
-        found = answered(make_question({"model": model_of(pair), "threads": 1, "spend": spend} | PAIRS[pair]))
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "plan.json", found.model_dump())
-        if "PAGES" in os.environ:  # a folder for the pages, too
-            write_plan(found, Path(os.environ["PAGES"]) / f"{pair}.html")
-        print(pair, found.decision.candidate, f"{time.process_time() - busy:.0f} s of the processor", flush=True)
+        found = plan.answered(make_question({"model": model_of(pair), "threads": 1} | PAIRS[pair]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, found.model_dump())
+        print(pair, found.decision.candidate, f"{found.seconds:.0f} s", flush=True)
 
 
 def sweeps(names: Iterable[str]) -> None:
@@ -211,22 +251,31 @@ def sweeps(names: Iterable[str]) -> None:
         for name in arms_of(pair):
             have = [Trial(**line) for line in lines(RECORDS / pair / "comparison.jsonl")]
             for seed, rate in due(name, [t for t in have if t.candidate == name], pair):
-                bench = bench or bench_of(pair, PAIRS[pair], 64)
+                bench = bench or bench_of(pair, PAIRS[pair], HELD.get(model_of(pair), 64))
                 swept(bench, pair, name, seed, rate)
             while more := list(due(name, trials_of(pair, name), pair)):
-                bench = bench or bench_of(pair, PAIRS[pair], 64)
+                bench = bench or bench_of(pair, PAIRS[pair], HELD.get(model_of(pair), 64))
                 for seed, rate in more:
                     swept(bench, pair, name, seed, rate)
 
 
 def arms_of(pair: str) -> list[str]:
     """The arms that are swept."""
-    arms = SMALL if model_of(pair) == "stories260k" else ALL
+    arms = PAIRS[pair].get("arms") or (SMALL if model_of(pair) == "stories260k" else ALL)
     return [a for a in arms if pair in WHOLE or a not in ("lora-1", "vera-256")]
 
 
 def trials_of(pair: str, name: str) -> list[Trial]:
     return [t for t in map(lambda d: Trial(**d), lines(RECORDS / pair / "comparison.jsonl")) if t.candidate == name]
+
+
+def ends_of(pair: str) -> dict[str, float]:
+    """By arm the loss at the end, a mean over the judged seeds at its best rate."""
+    runs: dict[str, list[float]] = defaultdict(list)
+    for line in lines(RECORDS / pair / "comparison.jsonl"):
+        if line["seed"] != TUNING:
+            runs[line["candidate"]].append(Trial(**line).end)
+    return {name: sum(losses) / len(losses) for name, losses in runs.items()}
 
 
 def swept(bench: Any, pair: str, name: str, seed: int, rate: float | None) -> None:
@@ -257,100 +306,8 @@ def due(name: str, have: list[Trial], pair: str) -> Iterator[tuple[int, float | 
         yield TUNING, best / 3 if best == min(tried) else best * 3
         return
     judged = {t.seed for t in have if t.seed != TUNING and math.isclose(t.rate, best)}
-    seeds = SEEDS if pair in WHOLE else SEEDS[:1]
+    seeds = SEEDS if pair in TWICE else SEEDS[:1]
     yield from ((seed, best) for seed in seeds if seed not in judged)
-
-
-# ---- predicted against actual
-
-
-def judged(pair: str) -> dict[str, Any]:
-    """What came of a plan: losses of the swept arms, means over the judged seeds at their best rates."""
-    from ctsft.plan.told import read_plan
-
-    plan = read_plan(RECORDS / pair / "plan.json")
-    trials = [Trial(**line) for line in lines(RECORDS / pair / "comparison.jsonl")]
-    runs: dict[str, list[float]] = defaultdict(list)
-    for trial in trials:
-        if trial.seed != TUNING:
-            runs[trial.candidate].append(trial.end)
-    ends = {name: sum(losses) / len(losses) for name, losses in runs.items()}
-    start = trials[0].heldout[0][1] or math.nan
-    options = {o.candidate: o for o in plan.options if o.candidate in ends}
-    ours = {name: ends[name] for name, o in options.items() if o.ours}
-    best = min(ours, key=lambda name: ours[name])
-    drop = start - ours[best]
-    auto = smallest({name: o.loss for name, o in options.items()}, start)  # what --k auto takes
-    return {
-        "plan": plan,
-        "start": start,
-        "ends": ends,
-        "options": options,
-        "best": best,
-        "regret": (ours[plan.decision.candidate] - ours[best]) / drop,
-        "usual": (ours[near_64(ours)] - ours[best]) / drop,
-        "most": (ours[max(ours, key=lambda name: options[name].trained)] - ours[best]) / drop,
-        "smallest": min((n for n in ours if ours[n] <= ours[best] + 0.01 * drop), key=lambda n: options[n].trained),
-        "octaves": math.log2(k_of(auto) / k_of(smallest(ours, start))),
-        "auto": (ours[near_64(ours)] - ours[auto]) / drop,
-        "inside": [o.low <= ends[name] <= o.high for name, o in options.items()],
-        "off": [math.log(max(start - ends[n], 1e-3) / max(start - o.loss, 1e-3)) for n, o in options.items()],
-        "rank": float(spearmanr([o.loss for o in options.values()], [ends[name] for name in options]).statistic),
-        "sweep": sum(t.seconds for t in trials),
-    }
-
-
-def near_64(ours: Iterable[str]) -> str:
-    """The diagonal arm with 64 directions, or with all that there are."""
-    return max((n for n in ours if n.startswith("diagonal") and k_of(n) <= 64), key=k_of)
-
-
-def k_of(name: str) -> int:
-    return int(name.split("-")[1])
-
-
-def smallest(losses: dict[str, float], start: float) -> str:
-    """The diagonal arm of the smallest K within 1% of the best one's drop."""
-    diagonal = {n: loss for n, loss in losses.items() if n.startswith("diagonal")}
-    best = min(diagonal.values())
-    return min((n for n, loss in diagonal.items() if loss <= best + 0.01 * (start - best)), key=k_of)
-
-
-def table(names: Iterable[str]) -> list[str]:
-    """A row for every pair that is swept, as docs/planning.md has them."""
-    rows = []
-    for pair in names:
-        if complete(pair):
-            found = judged(pair)
-            plan, ends, said = found["plan"], found["ends"], found["plan"].decision.candidate
-            o = found["options"][said]
-            verdict = "" if plan.decision.verdict == "recommended" else f" ({plan.decision.verdict})"
-            rows.append(
-                f"| {pair} | {plan.rows:,} | {found['start']:.2f} | {said}{verdict} | {o.loss:.2f} ({o.low:.2f} to "
-                f"{o.high:.2f}) | {ends[said]:.2f} | {found['best']} {ends[found['best']]:.2f} | {found['smallest']} | "
-                f"{found['regret']:.1%} | {found['usual']:.1%} | {found['octaves']:+.0f} | {found['rank']:.2f} | "
-                f"{sum(found['inside'])} of {len(found['inside'])} | {plan.seconds:.0f} s | {found['sweep']:,.0f} s |"
-            )
-    return rows
-
-
-def complete(pair: str) -> bool:
-    """Whether every arm of the pair has its judged trials."""
-    return (RECORDS / pair / "comparison.jsonl").exists() and not any(
-        [*due(name, trials_of(pair, name), pair)] for name in arms_of(pair)
-    )
-
-
-def sums(names: Iterable[str]) -> str:
-    found = [judged(pair) for pair in names if complete(pair)]
-    inside = [hit for one in found for hit in one["inside"]]
-    off = [miss for one in found for miss in one["off"]]
-    told = {name: f"{np.mean([one[name] for one in found]):.2%}" for name in ("regret", "usual", "most", "auto")}
-    few = sum(one["regret"] <= 0.01 for one in found)
-    return (
-        f"{told}; regret at most 1% in {few} of {len(found)}; inside {sum(inside)} of {len(inside)}; log of the drop "
-        f"off by {np.mean(off):+.2f} +- {np.std(off):.2f}; rank {np.mean([one['rank'] for one in found]):.2f}"
-    )
 
 
 # ---- lines
@@ -368,21 +325,16 @@ def add(path: Path, line: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("learn", "fit", "plans", "sweeps", "table"))
+    parser.add_argument("what", choices=("learn", "fit", "plans", "sweeps"))
     parser.add_argument("pairs", nargs="*", help="of PAIRS, or of FIT for learn; all if none is given")
-    parser.add_argument("--spend", type=float, help="seconds for a plan, on a machine that others use too")
     given = parser.parse_args()
     if "CTSFT_MODELS" in os.environ:
         os.chdir(os.environ["CTSFT_MODELS"])
     names = given.pairs or [*(FIT if given.what == "learn" else PAIRS)]
     if given.what == "fit":
         fit()
-    elif given.what == "table":
-        print(*table(names), sums(names), sep="\n")
-    elif given.what == "plans":
-        plans(names, given.spend)
     else:
-        {"learn": learn, "sweeps": sweeps}[given.what](names)
+        {"learn": learn, "plans": plans, "sweeps": sweeps}[given.what](names)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from rich.console import Console
 from ctsft.errors import CTError
 from ctsft.plan import plan as plans
 from ctsft.plan.arms import candidate
-from ctsft.plan.plan import KS, answered, heats, level, ordered, spelled
+from ctsft.plan.plan import KS, answered, command, heats, level, ordered, spelled
 from ctsft.plan.predict import growth, predicted
 from ctsft.plan.question import make_question
 from ctsft.plan.record import Trial
@@ -84,11 +84,13 @@ def test_what_has_no_time_to_run_is_predicted_from_what_ran(files, monkeypatch):
     monkeypatch.setattr(plans.time, "monotonic", lambda: float(next(now)))
     found = answered(question(files, arms=["diagonal-4", "diagonal-8", "diagonal-2"], spend=0.5), quiet())
     ran = [o.candidate for o in found.options if o.raced]
-    assert ran == ["diagonal-4", "diagonal-8"] and found.race.rows == 2 and found.race.steps == 8
+    assert ran == ["diagonal-4", "diagonal-8"] and found.race.rows == 2 and found.race.heldout == 16
     rest = next(o for o in found.options if not o.raced)
     assert rest.rate is None and rest.race is None and rest.trained == 2 * rest.trained // 2
     assert rest.high - rest.low > found.options[1].high - found.options[1].low
     assert "diagonal-2" in found.measured[-1]
+    told = command(question(files), "diagonal-2", found.options)  # it has no rate of its own
+    assert "--k 2 " in told and "--lr" not in told
 
 
 def test_arms_are_asked_for_by_name_or_at_every_k():
@@ -113,7 +115,7 @@ def test_what_tells_most_runs_first_and_nothing_twice():
 def test_races_shorten_until_all_arms_have_time():
     assert level(8, 1e-6, 60, 120, 8).model_dump() == {"steps": 12, "rows": 8, "heldout": 48}
     assert level(8, 1e-6, 60, 5, 2).model_dump() == {"steps": 5, "rows": 2, "heldout": 48}
-    assert level(8, 1e3, 60, 120, 8).model_dump() == {"steps": 8, "rows": 2, "heldout": 16}
+    assert level(8, 1e3, 60, 120, 8).model_dump() == {"steps": 12, "rows": 2, "heldout": 16}
     sizes = [level(8, second, 60, 120, 8).rows for second in (1e-3, 0.015, 0.05)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2
 

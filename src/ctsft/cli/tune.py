@@ -109,7 +109,7 @@ def plan_of(values: dict[str, Any], out: Path, resume: bool, overwrite: bool) ->
 
 
 def chosen(found: Plan) -> dict[str, Any]:
-    """The fields of the recipe that the plan decides: K, and the rate where the measured one was too high."""
+    """The fields of the recipe that the plan decides: K, and the rate where another than the measured one is better."""
     option = found.chosen
     assert option  # without a budget one always fits
     k = int(option.candidate.partition("@")[0].partition("-")[2])

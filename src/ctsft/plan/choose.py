@@ -25,7 +25,9 @@ class Option(Part):
     raced: bool = Field(description="whether it ran; if not, it is predicted from arms of other sizes that did")
     rate: float | None = Field(description="peak rate of its best race")
     again: bool = Field(description="whether it ran again at another than its measured rate, and better")
-    race: float | None = Field(description="loss at the end of its short race")
+    race: float | None = Field(
+        description="loss at the end of its short race: its drop on the rows that were scored, below the start"
+    )
     steps: int = Field(description="that it trains within the budget")
     loss: float = Field(description="predicted after those steps")
     low: float = Field(description="lower end of the 90% interval of `loss`")

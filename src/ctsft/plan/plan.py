@@ -39,7 +39,7 @@ PEERS = ("lora-8", "lora-1", "vera-256")
 FIRST = ("diagonal-64", "lora-8", "gains-64", "diagonal-16")  # if time is short, these run and the rest is estimated
 
 # Steps of a race, rows a step, rows held out: the first that leaves time for all arms, or the last.
-LEVELS = ((12, 8, 48), (12, 4, 32), (12, 2, 24), (8, 2, 16))
+LEVELS = ((12, 8, 48), (12, 4, 32), (12, 2, 24), (12, 2, 16))
 PROBE = 4  # rows, in one forward pass, that tell how fast the machine is
 BACK = 2.5  # how much longer than a forward pass a step takes
 PASSES = 6  # that the rate takes
@@ -74,8 +74,9 @@ def answered(question: Question, console: Console | None = None) -> Plan:
         found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, found.heldout[: race.heldout], race.rows
     )
     tried = races(bench, arms, race, question.seed, began + spend, console)
-    options = weighed(bench, arms, tried, race, question)
-    decision = decide(bench.start, options, question.allowed(), len(found.train), len(found.heldout))
+    start = bench.loss(bench.model, found.heldout)  # races are scored on few of these rows
+    options = weighed(bench, arms, tried, race, question, start)
+    decision = decide(start, options, question.allowed(), len(found.train), len(found.heldout))
     seconds = time.monotonic() - began
     training = next((o.seconds for o in options if o.candidate == decision.candidate), options[0].seconds)
     return Plan(
@@ -87,7 +88,7 @@ def answered(question: Question, console: Console | None = None) -> Plan:
         heldout=len(found.heldout),
         tokens=sum(map(len, found.train["input_ids"])) / len(found.train),
         parameters=found.parameters,
-        start=bench.start,
+        start=start,
         race=race,
         options=options,
         decision=decision,
@@ -211,10 +212,12 @@ def weighed(
     tried: dict[str, dict[int, Trial]],
     race: Race,
     question: Question,
+    start: float,
 ) -> list[Option]:
-    """What is predicted of every arm, the smallest first; one that did not run from the nearest one that did."""
+    """What is predicted of every arm, the smallest first; one that did not run from the nearest one that did. Drops are
+    those of the races, below `start`."""
     trials = {name: own[lowest(ends(own))] for name, own in tried.items()}
-    budget, start, options = question.allowed(), bench.start, []
+    budget, options = question.allowed(), []
     pace = sum(t.seconds for t in trials.values()) / sum(len(t.clock) for t in trials.values())
     for arm in arms:
         trial = trials.get(arm.name)
@@ -232,7 +235,7 @@ def weighed(
         steps = budget.length(question.steps, step)
         raced = min(race.steps, steps)
         log_growth = growth(raced, steps, race.rows, question.batch_size, trained) + further
-        told = predicted(start, start - near.end, log_growth, steps / raced, trial is not None)
+        told = predicted(start, bench.start - near.end, log_growth, steps / raced, trial is not None)
         options.append(
             Option(
                 candidate=arm.name,
@@ -240,7 +243,7 @@ def weighed(
                 raced=trial is not None,
                 rate=trial.rate if trial else None,
                 again=trial is not None and trial is not tried[arm.name][0],
-                race=trial.end if trial and not trial.diverged else None,
+                race=trial.end + (start - bench.start) if trial and not trial.diverged else None,
                 steps=steps,
                 loss=told.loss,
                 low=told.low,
@@ -272,5 +275,5 @@ def command(question: Question, name: str | None, options: Sequence[Option]) -> 
     for option, value in (question.tuned() | {"steps": told.steps}).items():
         if option not in ("model", "data", "threads") and value != Recipe.__dataclass_fields__[option].default:
             words += [f"--{option.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
-    words += ["--lr", f"{told.rate:g}"] * told.again
+    words += ["--lr", f"{told.rate:g}"] if told.again else []
     return shlex.join(words)

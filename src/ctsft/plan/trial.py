@@ -59,10 +59,10 @@ class Bench:
         """The held-out loss of the bare model, where every trial starts; measured once."""
         return self.loss(self.model)
 
-    def loss(self, model: nn.Module) -> float:
-        """The held-out loss of `model`; infinite where it is not finite."""
+    def loss(self, model: nn.Module, rows: Sequence[Tokens] | None = None) -> float:
+        """The loss of `model` on the held-out rows, or on `rows`; infinite where it is not finite."""
         try:
-            return heldout_loss(model, self.heldout, self.pad_id)[0]
+            return heldout_loss(model, self.heldout if rows is None else rows, self.pad_id)[0]
         except NotFinite:
             return math.inf
 

@@ -1,0 +1,202 @@
+"""What came of the plans that `scripts/check_plans.py` made and swept: the tables of docs/planning.md.
+
+python scripts/judge_plans.py
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from check_plans import EARLIER, PAIRS, RECORDS, TUNING, arms_of, due, ends_of, lines, trials_of
+from scipy.stats import spearmanr
+
+from ctsft.plan.budget import Budget, parse_budget
+from ctsft.plan.choose import decide
+from ctsft.plan.record import Trial
+from ctsft.plan.told import read_plan
+
+BUDGETS = ("1000 numbers", "5000 numbers", "20000 numbers", "100000 numbers", "5 KB", "20 KB", "100 KB")
+LENGTHS = (600, 1800, 7200)  # seconds
+MINUTE, SHARE = 60, 0.03  # what a plan takes: the larger
+
+
+def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
+    """What came of a plan: losses of the swept arms, means over the judged seeds at their best rates."""
+    plan, ends = read_plan(RECORDS / pair / file), ends_of(pair)
+    trials = [Trial(**line) for line in lines(RECORDS / pair / "comparison.jsonl")]
+    start = trials[0].heldout[0][1] or math.nan
+    options = {o.candidate: o for o in plan.options if o.candidate in ends}
+    ours = {name: ends[name] for name, o in options.items() if o.ours}
+    best = min(ours, key=lambda name: ours[name])
+    drop = start - ours[best]
+    auto = smallest({name: o.loss for name, o in options.items()}, start)  # what --k auto takes
+    return {
+        "plan": plan,
+        "start": start,
+        "ends": ends,
+        "options": options,
+        "best": best,
+        "regret": (ours[plan.decision.candidate] - ours[best]) / drop,
+        "usual": (ours[near_64(ours)] - ours[best]) / drop,
+        "most": (ours[max(ours, key=lambda name: options[name].trained)] - ours[best]) / drop,
+        "smallest": min((n for n in ours if ours[n] <= ours[best] + 0.01 * drop), key=lambda n: options[n].trained),
+        "octaves": math.log2(k_of(auto) / k_of(smallest(ours, start))),
+        "auto": (ours[near_64(ours)] - ours[auto]) / drop,
+        "inside": [o.low <= ends[name] <= o.high for name, o in options.items()],
+        "off": [math.log(max(start - ends[n], 1e-3) / max(start - o.loss, 1e-3)) for n, o in options.items()],
+        "rank": float(spearmanr([o.loss for o in options.values()], [ends[name] for name in options]).statistic),
+        "sweep": sum(t.seconds for t in trials),
+    }
+
+
+def near_64(ours: Iterable[str]) -> str:
+    """The diagonal arm with 64 directions, or with all that there are."""
+    return max((n for n in ours if n.startswith("diagonal") and k_of(n) <= 64), key=k_of)
+
+
+def k_of(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def smallest(losses: dict[str, float], start: float) -> str:
+    """The diagonal arm of the smallest K within 1% of the best one's drop."""
+    diagonal = {n: loss for n, loss in losses.items() if n.startswith("diagonal")}
+    best = min(diagonal.values())
+    return min((n for n, loss in diagonal.items() if loss <= best + 0.01 * (start - best)), key=k_of)
+
+
+def table(names: Iterable[str]) -> list[str]:
+    """A row for every pair that is swept, as docs/planning.md has them."""
+    rows = []
+    for pair in names:
+        if complete(pair):
+            found = judged(pair)
+            plan, ends, said = found["plan"], found["ends"], found["plan"].decision.candidate
+            o = found["options"][said]
+            verdict = "" if plan.decision.verdict == "recommended" else f" ({plan.decision.verdict})"
+            rows.append(
+                f"| {pair} | {plan.rows:,} | {found['start']:.2f} | {said}{verdict} | {o.loss:.2f} ({o.low:.2f} to "
+                f"{o.high:.2f}) | {ends[said]:.2f} | {found['best']} {ends[found['best']]:.2f} | {found['smallest']} | "
+                f"{found['regret']:.1%} | {found['usual']:.1%} | {found['octaves']:+.0f} | {found['rank']:.2f} | "
+                f"{sum(found['inside'])} of {len(found['inside'])} | {plan.seconds:.0f} s | {found['sweep']:,.0f} s |"
+            )
+    return rows
+
+
+def complete(pair: str) -> bool:
+    """Whether every arm of the pair has its judged trials."""
+    return (RECORDS / pair / "comparison.jsonl").exists() and not any(
+        [*due(name, trials_of(pair, name), pair)] for name in arms_of(pair)
+    )
+
+
+def remade(names: Iterable[str]) -> list[str]:
+    """A row for every earlier pair: its plan as it was made first, and made again when the sweep was known."""
+    rows = []
+    for pair in names:
+        first, again = judged(pair), judged(pair, "remade.json")
+        rates = sum(o.again and o.rate > 0 for o in again["options"].values())
+        rows.append(
+            f"| {pair} | {first['plan'].decision.candidate} | {again['plan'].decision.candidate} | "
+            f"{first['regret']:.1%} | {again['regret']:.1%} | {first['rank']:.2f} | {again['rank']:.2f} | "
+            f"{rates} of {len(again['options'])} | {again['plan'].seconds:.0f} s |"
+        )
+    return rows
+
+
+def budgets(names: Iterable[str]) -> list[str]:
+    """A row for every budget, over the pairs where it leaves out some of our arms, and leaves a choice: in how many the
+    plan's arm is the best that fits or within 1% of its drop, and what part of that drop rules give away."""
+    rows = []
+    for text in BUDGETS:
+        found = [given for pair in names if (given := under(pair, parse_budget(text)))]
+        if not found:
+            continue
+        right = sum(one[0] <= 0.01 for one in found)
+        means = " | ".join(f"{mean:.1%} ({worst:.0%})" for mean, worst in zip(*spread(found), strict=True))
+        rows.append(f"| {text} | {len(found)} | {right} | {means} |")
+    return rows
+
+
+def spread(found: list[tuple[float, ...]]) -> tuple[Any, Any]:
+    return np.mean(found, axis=0), np.max(found, axis=0)
+
+
+def under(pair: str, budget: Budget) -> tuple[float, ...] | None:
+    """Regrets of the plan's decision, of most numbers and of K = 64 or the largest smaller one, under `budget`."""
+    found = judged(pair)
+    options = [
+        o.model_copy(update={"fits": budget.fits(o.trained, o.adapter_bytes)}) for o in found["options"].values()
+    ]
+    ours = [o for o in options if o.ours]
+    fitting = {o.candidate: found["ends"][o.candidate] for o in ours if o.fits}
+    if not 2 <= len(fitting) < len(ours):
+        return None
+    plan = found["plan"]
+    said = decide(plan.start, options, budget, plan.rows, plan.heldout).candidate
+    most = max((o for o in ours if o.fits), key=lambda o: o.trained).candidate
+    best = min(fitting.values())
+    return tuple((fitting[name] - best) / (found["start"] - best) for name in (said, most, near_64(fitting)))
+
+
+def automatic(names: Iterable[str]) -> list[str]:
+    """A row for every length of a training: what `--k auto`, and the largest K, gain over 64 on the seed of the tuning,
+    in parts of the drop of 64. Auto has the K and rate of its plan, the others have the rule's rate, and the time of
+    the plan is not trained; the drop grows with the power of the steps that the pair has shown."""
+    found = [shown(pair) for pair in names]
+    rows = []
+    for seconds in LENGTHS:
+        left = 1 - max(MINUTE, SHARE * seconds) / seconds
+        gains = [(auto * left**power - 1, largest - 1) for auto, largest, power in found]
+        better = sum(gain > 0 for gain, _ in gains)
+        (mean, largest), (worst, _) = np.mean(gains, axis=0), np.min(gains, axis=0)
+        rows.append(
+            f"| {seconds / 60:.0f} min | {mean:+.1%} | {worst:+.1%} | {better} of {len(gains)} | {largest:+.1%} |"
+        )
+    return rows
+
+
+def shown(pair: str) -> tuple[float, float, float]:
+    """The drops of auto and of the largest K at the rule's rate, in parts of that of 64 at the rule's; and the power of
+    the steps with which the drop grew from the race on."""
+    found = judged(pair, "remade.json" if pair in EARLIER else "plan.json")
+    start, plan = found["start"], found["plan"]
+    diagonal = {n: o for n, o in found["options"].items() if n.startswith("diagonal")}
+
+    def drop(name: str, rate: float | None = None) -> float:
+        tuning = [t for t in trials_of(pair, name) if t.seed == TUNING]
+        return start - (min(tuning, key=lambda t: abs(math.log(t.rate / rate))) if rate else tuning[0]).end
+
+    auto = smallest({n: o.loss for n, o in diagonal.items()}, start)
+    usual, largest = drop(near_64(diagonal)), drop(max(diagonal, key=k_of))
+    raced = [o for o in diagonal.values() if o.race]
+    power = np.median([math.log((start - found["ends"][o.candidate]) / (plan.start - o.race)) for o in raced])
+    return drop(auto, diagonal[auto].rate) / usual, largest / usual, power / math.log(raced[0].steps / plan.race.steps)
+
+
+def sums(names: Iterable[str]) -> str:
+    found = [judged(pair) for pair in names if complete(pair)]
+    inside = [hit for one in found for hit in one["inside"]]
+    off = [miss for one in found for miss in one["off"]]
+    told = {name: f"{np.mean([one[name] for one in found]):.2%}" for name in ("regret", "usual", "most", "auto")}
+    few = sum(one["regret"] <= 0.01 for one in found)
+    return (
+        f"{told}; regret at most 1% in {few} of {len(found)}; inside {sum(inside)} of {len(inside)}; log of the drop "
+        f"off by {np.mean(off):+.2f} +- {np.std(off):.2f}; rank {np.mean([one['rank'] for one in found]):.2f}"
+    )
+
+
+def parts() -> list[list[str]]:
+    """The rows of the page's tables."""
+    done = [pair for pair in PAIRS if complete(pair)]
+    new = [pair for pair in done if pair not in EARLIER]
+    return [table(EARLIER), remade(EARLIER), table(new), budgets(done), automatic(done)]
+
+
+def main() -> None:
+    print(*("\n".join(part) for part in parts()), sums(EARLIER), sums(set(PAIRS) - set(EARLIER)), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
