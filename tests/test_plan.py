@@ -59,6 +59,20 @@ def test_the_race_is_the_trial_that_the_comparison_runs(files, made):
     assert bench.start == made.start
 
 
+def test_the_start_is_scored_on_all_rows_where_races_are_on_few(files):
+    from ctsft.plan.trial import Bench
+    from ctsft.tune.material import gathered
+
+    asked = question(files, arms=["diagonal-4"], heldout=24, spend=1e-3)
+    (option,) = (plan := answered(asked, quiet())).options
+    found = gathered(asked.recipe(eval_rows=48), quiet())
+    bench = Bench(found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, found.heldout[:16], 2)
+    assert plan.race.heldout == 16 < len(found.heldout)
+    assert plan.start == bench.loss(bench.model, found.heldout) != bench.start
+    drop = bench.start - bench.trial(candidate("diagonal-4"), 0, 12, option.rate).end
+    assert plan.start - option.race == pytest.approx(drop)
+
+
 def test_a_plan_survives_its_file(made):
     assert Plan.model_validate_json(made.model_dump_json()) == made
 
