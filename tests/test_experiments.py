@@ -13,7 +13,20 @@ from ctsft.lab.spec import PAPER_LR, Spec
 from test_schedule import PHOTONIC
 
 SETTINGS = [(profile, protocol) for profile in ("quick", "full") for protocol in ("honest", "paper")]
-OURS = ("arena", "gains", "heldout", "lone", "rate", "refresh", "siblings", "siblings-ways", "spend", "strangers")
+OURS = (
+    "arena",
+    "gains",
+    "heldout",
+    "lone",
+    "rate",
+    "rate-products",
+    "rate-small",
+    "refresh",
+    "siblings",
+    "siblings-ways",
+    "spend",
+    "strangers",
+)
 NO_K = ("full", "norms", "ia3")
 WIDTH = {"photonic": 256, "stories260k": 64, "stories15m": 288, "smollm2-135m": 576, "tinyllama-1.1b": 2048}
 NARROWEST = WIDTH | {"stories260k": 32, "smollm2-135m": 192, "tinyllama-1.1b": 256}  # of a matrix: keys and values

@@ -2,13 +2,16 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 
 import ctsft
 from ctsft import CTConfig, CTError, resize
-from ctsft.adapter.rate import learning_rate, rate
+from ctsft.adapter.peers import peer_config, wrap
+from ctsft.adapter.rate import Valley, gradient, growth, learning_rate, rate, valley
+from ctsft.adapter.targets import find_targets
 from helpers import FORMS, SHAPES, adapt, batches, coefficients, ids, owners, randomise, tiny
 
 
@@ -70,9 +73,9 @@ def test_a_name_in_the_place_of_batches_is_told():
 # ---- from batches
 
 
-def slow_rate(model, given):
+def slow_rate(model, given, numbers=None):
     """The rule word by word: plain backward passes of the model's own loss, all numbers in one vector."""
-    numbers = list(coefficients(model).values())
+    numbers = numbers or list(coefficients(model).values())
     start = torch.cat([c.detach().flatten() for c in numbers])
 
     def gradient(at, batch):
@@ -91,7 +94,15 @@ def slow_rate(model, given):
         found.append(share * scale * first / (first - left) if left < first else 16 * scale)
     found = [min(max(t, scale / 16), scale * 16) for t in found]
     agree = sum(float(g @ (total - g).sign()) for g in each) / float(total @ total.sign())
-    return 0.9 * max(agree, 1 / 16) * (found[0] * found[1]) ** 0.5
+    t = (found[0] * found[1]) ** 0.5
+    alone = 0.9 * max(agree, 1 / 16) * t
+    halfway = gradient(start - t / 2 * total.sign(), given[0])[total == 0].abs().sum()
+    grows = float(halfway) / (t / 4 * float(total.abs().sum()) / len(given))
+    low, high = 0.0, alone
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if middle * (1 + grows * middle) < alone else (low, middle)
+    return float(f"{high:.2g}"), float(f"{alone:.2g}")
 
 
 def three():
@@ -102,8 +113,73 @@ def three():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_as_far_as_the_sign_step_falls_on_other_batches_too(shape, form, basis):
+    """With one factor alone, what the other one adds is nothing; with two it is not."""
     found = learning_rate(adapt(tiny(shape), form=form, basis=basis), three())
-    assert found == float(f"{slow_rate(adapt(tiny(shape), form=form, basis=basis), three()):.2g}")
+    slow, alone = slow_rate(adapt(tiny(shape), form=form, basis=basis), three())
+    assert found == slow
+    assert slow < alone if form == "gains" else slow == alone
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_it_is_the_same_rule_for_what_peers_train(method, k):
+    def made():
+        base = tiny()
+        return wrap(base, peer_config(base, method, k, 0, list(find_targets(base, CTConfig())[0])), 0)
+
+    model, twin = made(), made()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = valley(model, [p for p in model.parameters() if p.requires_grad], three())
+    slow, alone = slow_rate(twin, three(), [p for p in twin.parameters() if p.requires_grad])
+    assert found.rate == slow < alone == replace(found, growth=0.0).rate
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_autocast_sees_the_numbers_move():
+    base = tiny()
+    model = wrap(base, peer_config(base, "lora", 4, 0, list(find_targets(base, CTConfig())[0])), 0)
+    numbers = [p for p in model.parameters() if p.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        right = valley(model, numbers, three())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert valley(model, numbers, three()) == right
+    assert right.growth > 0
+
+
+@pytest.mark.parametrize("a", [0.1, 1.0, 10.0])
+def test_two_factors_get_to_the_valley_together(a):
+    """The loss (1 - b (a + c))^2 / 2 from b = c = 0: lowest where b = c = x with x (a + x) = 1; b alone takes 1 / a."""
+    b, c = (torch.zeros(1, requires_grad=True) for _ in range(2))
+    way = [torch.ones(1), torch.zeros(1)]
+
+    def after(distance):
+        b.data.fill_(distance)
+        return torch.autograd.grad((1 - b * (a + c)).square().sum() / 2, (b, c))
+
+    grows = growth(after, 1 / a, way, a)
+    x = Valley(1 / (0.9 * a), 1.0, grows).rate
+    assert x * (a + x) == pytest.approx(1, rel=0.1) and grows == pytest.approx(1 / a)
+
+
+def test_one_factor_takes_no_further_pass(monkeypatch):
+    passes = []
+    measured = gradient
+    monkeypatch.setattr("ctsft.adapter.rate.gradient", lambda *given: (passes.append(0), measured(*given))[1])
+    for form in FORMS:
+        learning_rate(adapt(tiny(), form=form, target_modules=["q_proj"]), three())
+        assert len(passes) == (6 if form == "gains" else 5)
+        passes.clear()
+
+
+def test_halfway_is_nearer_where_it_is_not_finite():
+    asked = []
+
+    def after(distance):
+        asked.append(distance)
+        return [torch.ones(2), torch.full((2,), math.inf if distance > 1 else distance)]
+
+    assert growth(after, 6.0, [torch.ones(2), torch.zeros(2)], 0.5) == pytest.approx(1.5 / (0.5 * 0.75 * 7 / 8))
+    assert asked == [3.0, 1.5, 0.75]
 
 
 def test_all_is_left_as_it_was():

@@ -1,8 +1,9 @@
 """The learning rate that an adapter asks for: measured on a few batches, or read off its weights, form and K."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -15,7 +16,7 @@ from ctsft.errors import CTError
 from ctsft.spectral.collect import own_labels
 from ctsft.spectral.weights import matrix
 
-# The best peak rates of tuned grids lie at this share of `valley`, whatever the form, the basis, K, the batch and the
+# The best peak rates of tuned grids lie at this share of r t, whatever the form, the basis, K, the batch and the
 # number of steps (docs/learning-rates.md).
 SHARE = 0.9
 BATCHES = 4  # that `ctsft tune` and the laboratory measure on: six forward and backward passes
@@ -37,8 +38,9 @@ def learning_rate(
     and labels (without them, all tokens but padding). The rate is 0.9 r t. Along -sign(gradient), the way of Adam's
     first step, the loss falls until t: its slope is measured at two places, and t is where it would be zero. r is what
     other batches leave of that slope: the mean slope of a batch along the sign of the others' gradient, over that along
-    the sign of all. This takes a forward and backward pass a batch, and two more. Numbers, gradients, modes and random
-    state are left as they were.
+    the sign of all. Where two factors multiply and one of them has no gradient at the start (form='gains'), the rate is
+    smaller, see `growth`. This takes a forward and backward pass a batch, and two more, there three. Numbers,
+    gradients, modes and random state are left as they were.
 
     Without `batches` it is read off the weights, share(form) * s * sqrt(64 / K), where s is the median over the adapted
     matrices of |W|_F / sqrt(min(d_out, d_in)), the rms singular value, and K is the largest that the config asks for
@@ -53,7 +55,7 @@ def learning_rate(
     layers = list(layers_of(model, adapter_name, ", so there is nothing to give a rate for").values())
     if batches is not None:
         numbers: list[Tensor] = [m.ctsft_coefficients[adapter_name] for m in layers]
-        return two_digits(SHARE * valley(model, numbers, [*batches]))
+        return valley(model, numbers, [*batches]).rate
     scale = median(rms_singular_value(m.get_base_layer(), m.base_weight()) for m in layers)
     config = layers[0].ctsft_config[adapter_name]
     return rate(config.form, config.k if isinstance(config.k, int) else max(config.k.values()), scale)
@@ -62,9 +64,27 @@ def learning_rate(
 # ---- measured
 
 
-def valley(model: nn.Module, numbers: Sequence[Tensor], batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """r t of `learning_rate`: t by the secant of the slope on the first batch, the geometric mean over two places, each
-    at most 16-fold off `line`; r at least 1/16."""
+@dataclass(frozen=True)
+class Valley:
+    """What is measured of trained numbers: t and r of `learning_rate`, and how the other factor grows."""
+
+    t: float
+    r: float
+    growth: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """The x with x (1 + growth x) = 0.9 r t, to two digits; r counts as at least 1/16."""
+        alone = SHARE * (self.t * max(self.r, 1 / MOST))
+        return two_digits(2 * alone / (1 + math.sqrt(1 + 4 * self.growth * alone)))
+
+
+def valley(model: nn.Module, numbers: Sequence[Tensor], batches: Sequence[Mapping[str, Tensor]]) -> Valley:
+    """The way of Adam's first step with any trained `numbers` of `model`.
+
+    t: by the secant of the slope on the first batch, the geometric mean over two places, each at most 16-fold off
+    `line`. Raises CTError for fewer than two batches and where the gradient is zero or not finite.
+    """
     if len(batches) < 2:
         raise CTError(f"learning_rate got {len(batches)} of the two batches it needs at least; four are enough.")
     with borrowed(model, numbers) as start:
@@ -77,15 +97,40 @@ def valley(model: nn.Module, numbers: Sequence[Tensor], batches: Sequence[Mappin
                 "they give no rate; is the adapter active, and has every batch a token that counts?"
             )
         way = [-g.sign() for g in total]
+
+        def after(distance: float) -> list[Tensor]:
+            """The first batch's gradient so far along `way`."""
+            for number, begin, w in zip(numbers, start, way, strict=True):
+                number.data.copy_(begin + distance * w)
+            torch.clear_autocast_cache()  # it holds casts of the numbers as they stood
+            return gradient(model, numbers, batches[0])
+
         others = sum(slope(g, [-(t - own).sign() for t, own in zip(total, g, strict=True)]) for g in each)
         first, scale, found = slope(each[0], way), line(norm, sum(n.numel() for n in numbers)), []
         for share in TRIED:
-            for number, begin, w in zip(numbers, start, way, strict=True):
-                number.data.copy_(begin + share * scale * w)
-            rises = slope(gradient(model, numbers, batches[0]), way) - first
+            rises = slope(after(share * scale), way) - first
             step = share * scale * -first / rises if rises > 0 else math.inf
             found.append(min(max(step, scale / MOST), scale * MOST) if math.isfinite(rises) else scale / MOST)
-    return math.prod(found) ** (1 / len(found)) * max(others / slope(total, way), 1 / MOST)
+        t, every = math.prod(found) ** (1 / len(found)), slope(total, way)
+        return Valley(t, others / every, growth(after, t, way, -every / len(batches)))
+
+
+def growth(after: Callable[[float], list[Tensor]], t: float, way: Sequence[Tensor], steep: float) -> float:
+    """How much steeper the loss falls along `way` for every step of 1 that the other numbers take, as a share.
+
+    The others have no gradient at the start, as A of LoRA's B A has none while B is zero. Adam moves them by the rate
+    all the same as soon as they have one. Where B A is linear in both, and B has moved by x and A by y, the loss is
+    falling by `steep` x (1 + g y) before it bends, and Adam's x and y are alike: it gets to the valley, t steps of B
+    alone, at x (1 + g x) = t. So g is the slope along A over `steep` and x, measured at x = t/2, where half is left of
+    both slopes. `after(x)` gives the gradient at x, `steep` > 0 is the slope at the start.
+    """
+    still, x, left = [w == 0 for w in way], t, math.inf
+    if not any(bool(s.any()) for s in still):
+        return 0.0
+    while not math.isfinite(left):
+        x /= 2
+        left = sum(float(g[s].abs().sum()) for g, s in zip(after(x), still, strict=True))
+    return left / (steep * x * (1 - x / t))
 
 
 def line(norm: float, count: int) -> float:

@@ -2,25 +2,42 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ctsft.adapter.rate import gradient, learning_rate, line
-from ctsft.adapter.store import layers_of
+from ctsft.adapter.rate import Valley, gradient, learning_rate, line, valley
 
 Batches = Sequence[Mapping[str, Tensor]]
 
 
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def measured(model: nn.Module, batches: Batches) -> Valley:
+    """What `--lr auto` measures, of whatever trains in `model`: our forms or what peers train."""
+    return valley(model, trained(model), batches)
+
+
 def by_line(model: nn.Module, batches: Batches) -> float:
     """The line alone, by the norm of the first batch's gradient."""
-    numbers = [layer.ctsft_coefficients["default"] for layer in layers_of(model).values()]
+    numbers = trained(model)
     squares = sum(float(g.square().sum()) for g in gradient(model, numbers, batches[0]))
     return line(math.sqrt(squares), sum(n.numel() for n in numbers))
 
 
-# Each gives the peak rate for the adapter of a model that is not trained yet, and batches of its text.
+def with_floor(model: nn.Module, batches: Batches) -> float:
+    """As `auto`, but r, the slope that other batches keep, counts as at least 0.3."""
+    found = measured(model, batches)
+    return replace(found, r=max(found.r, 0.3)).rate
+
+
+# Each gives the peak rate for what trains in a model that is not trained yet, and batches of its text.
 RULES: dict[str, Callable[[nn.Module, Batches], float]] = {
-    "auto": learning_rate,  # `ctsft tune --lr auto`
+    "auto": lambda model, batches: measured(model, batches).rate,  # `ctsft tune --lr auto`
+    "alone": lambda model, batches: replace(measured(model, batches), growth=0.0).rate,  # the other factor stands still
+    "floor": with_floor,
     "weights": lambda model, batches: learning_rate(model),
     "line": by_line,
     "constant": lambda model, batches: 0.05,  # the middle of the best rates of the arena

@@ -24,7 +24,7 @@ Protocol = Literal["honest", "paper"]
 Learning = Literal["joint", "nested", "fixed", "pairs", "mean", "hosvd"]
 Spread = Literal["uniform", "effective_rank", "energy", "gradient", "slope", "fisher", "gora"]
 Allocation = Literal[Spread, "attention", "down", "one_down"]  # see ALLOCATIONS in allocations.py
-Rule = Literal["", "auto", "weights", "line", "constant", "trl", "peft"]  # see RULES in lab/rules.py
+Rule = Literal["", "auto", "alone", "floor", "weights", "line", "constant", "trl", "peft"]  # see RULES in lab/rules.py
 
 
 class Strict(BaseModel):

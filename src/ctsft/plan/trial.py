@@ -20,7 +20,7 @@ from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.loss import summed_loss
 from ctsft.adapter.peers import Base, Trained, peer_config, train_only, vectors, wrap
-from ctsft.adapter.rate import BATCHES, SHARE, two_digits, valley
+from ctsft.adapter.rate import BATCHES, valley
 from ctsft.adapter.targets import find_targets
 from ctsft.plan.arms import Candidate
 from ctsft.plan.record import Trial
@@ -121,7 +121,7 @@ class Bench:
             return self.measured_rate(equipped)
 
     def measured_rate(self, equipped: Trained) -> float:
-        return two_digits(SHARE * valley(equipped.model, equipped.trainable, self.first()))
+        return valley(equipped.model, equipped.trainable, self.first()).rate
 
     def trial(
         self,
