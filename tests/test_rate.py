@@ -12,6 +12,7 @@ from ctsft import CTConfig, CTError, resize
 from ctsft.adapter.peers import peer_config, wrap
 from ctsft.adapter.rate import Valley, gradient, growth, learning_rate, rate, valley
 from ctsft.adapter.targets import find_targets
+from ctsft.lab.rules import RULES
 from helpers import FORMS, SHAPES, adapt, batches, coefficients, ids, owners, randomise, tiny
 
 
@@ -144,6 +145,17 @@ def test_autocast_sees_the_numbers_move():
     with torch.autocast("cpu", torch.bfloat16):
         assert valley(model, numbers, three()) == right
     assert right.growth > 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_laboratory_judges_the_same_rule_and_takes_parts_of_it_away(form):
+    model, found = adapt(tiny(), form=form), {}
+    for rule in ("auto", "alone", "floor"):
+        found[rule] = RULES[rule](model, three())
+    slow, alone = slow_rate(adapt(tiny(), form=form), three())
+    assert found["auto"] == learning_rate(model, three()) == slow and found["alone"] == alone
+    measured = valley(model, list(coefficients(model).values()), three())
+    assert found["floor"] == replace(measured, r=max(measured.r, 0.3)).rate
 
 
 @pytest.mark.parametrize("a", [0.1, 1.0, 10.0])
