@@ -21,7 +21,8 @@ from ctsft.spectral.weights import matrix
 SHARE = 0.9
 BATCHES = 4  # that `ctsft tune` and the laboratory measure on: six forward and backward passes
 TRIED = (0.5, 2.0)  # where the slope is measured, as shares of `line`
-MOST = 16.0  # how far off `line`, and how much flatter on other batches, a measurement counts
+MOST = 16.0  # how far off `line` a measurement counts
+LEAST = 0.3  # of r: 40 steps average more noise away than one batch shows (docs/learning-rates.md)
 
 # The shares of the forms are the best peak rates of short AdamW runs with linear decay at this K, over the model's
 # typical singular value: of `diagonal` on SmolLM2-135M (LOG.md), of the others on a 15M model. An amplitude adds to a
@@ -37,10 +38,10 @@ def learning_rate(
     `batches`: two or more (four are enough) of the size that is trained on, as the model takes them: input_ids (b, t),
     and labels (without them, all tokens but padding). The rate is 0.9 r t. Along -sign(gradient), the way of Adam's
     first step, the loss falls until t: its slope is measured at two places, and t is where it would be zero. r is what
-    other batches leave of that slope: the mean slope of a batch along the sign of the others' gradient, over that along
-    the sign of all. Where two factors multiply and one of them has no gradient at the start (form='gains'), the rate is
-    smaller, see `growth`. This takes a forward and backward pass a batch, and two more, there three. Numbers,
-    gradients, modes and random state are left as they were.
+    other batches leave of that slope, at least 0.3: the mean slope of a batch along the sign of the others' gradient,
+    over that along the sign of all. Where two factors multiply and one of them has no gradient at the start
+    (form='gains'), the rate is smaller, see `growth`. This takes a forward and backward pass a batch, and two more,
+    there three. Numbers, gradients, modes and random state are left as they were.
 
     Without `batches` it is read off the weights, share(form) * s * sqrt(64 / K), where s is the median over the adapted
     matrices of |W|_F / sqrt(min(d_out, d_in)), the rms singular value, and K is the largest that the config asks for
@@ -74,8 +75,12 @@ class Valley:
 
     @property
     def rate(self) -> float:
-        """The x with x (1 + growth x) = 0.9 r t, to two digits; r counts as at least 1/16."""
-        alone = SHARE * (self.t * max(self.r, 1 / MOST))
+        """The x with x (1 + growth x) = 0.9 r t, to two digits; r counts as at least 0.3."""
+        return self.rate_above(LEAST)
+
+    def rate_above(self, least: float) -> float:
+        """`rate` where r counts as at least `least`."""
+        alone = SHARE * (self.t * max(self.r, least))
         return two_digits(2 * alone / (1 + math.sqrt(1 + 4 * self.growth * alone)))
 
 

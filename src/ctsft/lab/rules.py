@@ -27,17 +27,11 @@ def by_line(model: nn.Module, batches: Batches) -> float:
     return line(math.sqrt(squares), sum(n.numel() for n in numbers))
 
 
-def with_floor(model: nn.Module, batches: Batches) -> float:
-    """As `auto`, but r, the slope that other batches keep, counts as at least 0.3."""
-    found = measured(model, batches)
-    return replace(found, r=max(found.r, 0.3)).rate
-
-
 # Each gives the peak rate for what trains in a model that is not trained yet, and batches of its text.
 RULES: dict[str, Callable[[nn.Module, Batches], float]] = {
-    "auto": lambda model, batches: measured(model, batches).rate,  # `ctsft tune --lr auto`
-    "alone": lambda model, batches: replace(measured(model, batches), growth=0.0).rate,  # the other factor stands still
-    "floor": with_floor,
+    "floor": lambda model, batches: measured(model, batches).rate,  # `ctsft tune --lr auto`
+    "auto": lambda model, batches: measured(model, batches).rate_above(1 / 16),  # what it was until `rate-small`
+    "alone": lambda model, batches: replace(measured(model, batches), growth=0.0).rate_above(1 / 16),
     "weights": lambda model, batches: learning_rate(model),
     "line": by_line,
     "constant": lambda model, batches: 0.05,  # the middle of the best rates of the arena
