@@ -13,11 +13,12 @@ from scipy.stats import spearmanr
 
 from ctsft.plan.budget import Budget, parse_budget
 from ctsft.plan.choose import decide
+from ctsft.plan.predict import GROWTH
 from ctsft.plan.record import Trial
 from ctsft.plan.told import read_plan
 
 BUDGETS = ("1000 numbers", "5000 numbers", "20000 numbers", "100000 numbers", "5 KB", "20 KB", "100 KB")
-LENGTHS = (600, 1800, 7200)  # seconds
+LENGTHS = (300, 600, 1800, 7200)  # seconds
 MINUTE, SHARE = 60, 0.03  # what a plan takes: the larger
 
 
@@ -159,7 +160,7 @@ def automatic(names: Iterable[str]) -> list[str]:
 
 def shown(pair: str) -> tuple[float, float, float]:
     """The drops of auto and of the largest K at the rule's rate, in parts of that of 64 at the rule's; and the power of
-    the steps with which the drop grew from the race on."""
+    the steps with which the drop grew from the race on, the fit's if the race was as long as the training."""
     found = judged(pair, "remade.json" if pair in EARLIER else "plan.json")
     start, plan = found["start"], found["plan"]
     diagonal = {n: o for n, o in found["options"].items() if n.startswith("diagonal")}
@@ -172,7 +173,8 @@ def shown(pair: str) -> tuple[float, float, float]:
     usual, largest = drop(near_64(diagonal)), drop(max(diagonal, key=k_of))
     raced = [o for o in diagonal.values() if o.race]
     power = np.median([math.log((start - found["ends"][o.candidate]) / (plan.start - o.race)) for o in raced])
-    return drop(auto, diagonal[auto].rate) / usual, largest / usual, power / math.log(raced[0].steps / plan.race.steps)
+    longer = math.log(raced[0].steps / plan.race.steps)
+    return drop(auto, diagonal[auto].rate) / usual, largest / usual, power / longer if longer else GROWTH
 
 
 def sums(names: Iterable[str]) -> str:

@@ -156,8 +156,9 @@ def test_what_won_for_the_first_arm_of_a_kind_is_tried_for_the_others():
     order = heated({a: 2, b: -1, c: 2}, a, b, c)
     assert order[:3] == [(a, 0), (b, 0), (c, 0)]
     assert order[3:7] == [(a, -1), (a, 1), (a, 2), (a, 3)]  # on until it is worse
-    assert order[7:9] == [(b, -1), (b, -2)]  # never above the measured rate where a lower one is better
-    assert order[9:] == [(c, 2), (c, 1), (c, 3)]
+    assert order[7] == (c, 2)  # before any time goes into a peer
+    assert order[8:10] == [(b, -1), (b, -2)]  # never above the measured rate where a lower one is better
+    assert order[10:] == [(c, 1), (c, 3)]
 
 
 def test_three_races_are_enough_where_the_measured_rate_is_right():

@@ -179,8 +179,8 @@ def races(
 
 def heats(arms: Sequence[Candidate], tried: dict[str, dict[int, Trial]]) -> Iterator[tuple[Candidate, int]]:
     """What races next, and at which power of three times its measured rate, while `tried` fills: every arm at that
-    rate; the first arm of each kind at rates beside its best; the others at the one that won for their kind; then
-    those, too, beside their best."""
+    rate; ours before the peers, the first arm of each kind at rates beside its best, then the others at the one that
+    won for their kind; at last those, too, beside their best."""
     first = {(arm.method, arm.basis): arm for arm in reversed(arms)}
 
     def climb(arm: Candidate) -> Iterator[tuple[Candidate, int]]:
@@ -188,13 +188,15 @@ def heats(arms: Sequence[Candidate], tried: dict[str, dict[int, Trial]]) -> Iter
             yield arm, at
 
     yield from ((arm, 0) for arm in arms)
-    for arm in arms:
-        if arm in first.values():
-            yield from climb(arm)
-    for arm in arms:
-        won = lowest(ends(tried[first[arm.method, arm.basis].name]))
-        if won not in tried[arm.name]:
-            yield arm, won
+    ours = [arm for arm in arms if arm.arm.kind == "form"]
+    for some in (ours, [arm for arm in arms if arm not in ours]):
+        for arm in some:
+            if arm in first.values():
+                yield from climb(arm)
+        for arm in some:
+            won = lowest(ends(tried[first[arm.method, arm.basis].name]))
+            if won not in tried[arm.name]:
+                yield arm, won
     for arm in arms:
         yield from climb(arm)
 
