@@ -144,8 +144,9 @@ def under(pair: str, budget: Budget) -> tuple[float, ...] | None:
 def automatic(names: Iterable[str]) -> list[str]:
     """A row for every length of a training: what `--k auto`, and the largest K, gain over 64 on the seed of the tuning,
     in parts of the drop of 64. Auto has the K and rate of its plan, the others have the rule's rate, and the time of
-    the plan is not trained; the drop grows with the power of the steps that the pair has shown."""
-    found = [shown(pair) for pair in names]
+    the plan is not trained; the drop grows with the power of the steps that the pair has shown. Pairs of which the plan
+    could not tell are left out: auto takes 64 there."""
+    found = [shown(pair) for pair in names if judged(pair)["plan"].decision.verdict == "recommended"]
     rows = []
     for seconds in LENGTHS:
         left = 1 - max(MINUTE, SHARE * seconds) / seconds
