@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -95,7 +96,7 @@ def test_models_without_such_matrices_are_told():
     with pytest.raises(CTError, match="no adapted matrix of this unheard model"):
         ALLOCATIONS["down"](given)
     with pytest.raises(CTError, match="has attn or attention in its name"):
-        ALLOCATIONS["attention"](given._replace(modules={"mlp.up": given.modules[next(iter(given.modules))]}))
+        ALLOCATIONS["attention"](replace(given, modules={"mlp.up": given.modules[next(iter(given.modules))]}))
 
 
 def test_allocation_by_hand():

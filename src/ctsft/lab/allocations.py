@@ -6,8 +6,8 @@ remainders. Where few are chosen that cannot hold the total, they get all that t
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
@@ -23,7 +23,8 @@ FEEDFORWARD = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING | {"photoni
 Batches = Iterable[Mapping[str, Tensor]]
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True)
+class Asked:
     """What an allocation is made from: modules by name, `k` a matrix in the mean, model inputs, learned directions."""
 
     model: nn.Module
@@ -60,7 +61,7 @@ def slope(asked: Asked) -> dict[str, float]:
 
 def fisher(asked: Asked) -> dict[str, float]:
     """Mean squared entry of the gradient of one batch, over the batches: noise counts as well."""
-    each = [captured(asked._replace(batches=[batch])) for batch in asked.batches]
+    each = [captured(replace(asked, batches=[batch])) for batch in asked.batches]
     return {n: sum(one[n] for one in each) / len(each) for n in asked.modules}
 
 
@@ -92,7 +93,7 @@ def down(asked: Asked) -> dict[str, float]:
 def one_down(asked: Asked) -> dict[str, float]:
     """Of the down-projections in the first half of the blocks the one of most gradient energy, alone (PAGE)."""
     every = list(down(asked))
-    found = captured(asked._replace(modules={n: asked.modules[n] for n in every[: (len(every) + 1) // 2]}))
+    found = captured(replace(asked, modules={n: asked.modules[n] for n in every[: (len(every) + 1) // 2]}))
     return {max(found, key=lambda n: found[n]): 1.0}
 
 
