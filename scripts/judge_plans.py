@@ -11,15 +11,14 @@ import numpy as np
 from check_plans import EARLIER, PAIRS, RECORDS, TUNING, arms_of, due, ends_of, lines, trials_of
 from scipy.stats import spearmanr
 
-from ctsft.plan.budget import Budget, parse_budget
-from ctsft.plan.choose import decide
+from ctsft.plan.budget import Budget, parse_budget, planning
+from ctsft.plan.choose import FLAT, decide
 from ctsft.plan.predict import GROWTH
 from ctsft.plan.record import Trial
 from ctsft.plan.told import read_plan
 
 BUDGETS = ("1000 numbers", "5000 numbers", "20000 numbers", "100000 numbers", "5 KB", "20 KB", "100 KB")
 LENGTHS = (300, 600, 1800, 7200)  # seconds
-MINUTE, SHARE = 60, 0.03  # what a plan takes: the larger
 
 
 def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
@@ -41,7 +40,7 @@ def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
         "regret": (ours[plan.decision.candidate] - ours[best]) / drop,
         "usual": (ours[near_64(ours)] - ours[best]) / drop,
         "most": (ours[max(ours, key=lambda name: options[name].trained)] - ours[best]) / drop,
-        "smallest": min((n for n in ours if ours[n] <= ours[best] + 0.01 * drop), key=lambda n: options[n].trained),
+        "smallest": min((n for n in ours if ours[n] <= ours[best] + FLAT * drop), key=lambda n: options[n].trained),
         "octaves": math.log2(k_of(auto) / k_of(smallest(ours, start))),
         "auto": (ours[near_64(ours)] - ours[auto]) / drop,
         "inside": [o.low <= ends[name] <= o.high for name, o in options.items()],
@@ -64,7 +63,7 @@ def smallest(losses: dict[str, float], start: float) -> str:
     """The diagonal arm of the smallest K within 1% of the best one's drop."""
     diagonal = {n: loss for n, loss in losses.items() if n.startswith("diagonal")}
     best = min(diagonal.values())
-    return min((n for n, loss in diagonal.items() if loss <= best + 0.01 * (start - best)), key=k_of)
+    return min((n for n, loss in diagonal.items() if loss <= best + FLAT * (start - best)), key=k_of)
 
 
 def table(names: Iterable[str]) -> list[str]:
@@ -97,7 +96,7 @@ def remade(names: Iterable[str]) -> list[str]:
     rows = []
     for pair in names:
         first, again = judged(pair), judged(pair, "remade.json")
-        rates = sum(o.again and o.rate > 0 for o in again["options"].values())
+        rates = sum(o.again for o in again["options"].values())
         rows.append(
             f"| {pair} | {first['plan'].decision.candidate} | {again['plan'].decision.candidate} | "
             f"{first['regret']:.1%} | {again['regret']:.1%} | {first['rank']:.2f} | {again['rank']:.2f} | "
@@ -114,7 +113,7 @@ def budgets(names: Iterable[str]) -> list[str]:
         found = [given for pair in names if (given := under(pair, parse_budget(text)))]
         if not found:
             continue
-        right = sum(one[0] <= 0.01 for one in found)
+        right = sum(one[0] <= FLAT for one in found)
         means = " | ".join(f"{mean:.1%} ({worst:.0%})" for mean, worst in zip(*spread(found), strict=True))
         rows.append(f"| {text} | {len(found)} | {right} | {means} |")
     return rows
@@ -149,7 +148,7 @@ def automatic(names: Iterable[str]) -> list[str]:
     found = [shown(pair) for pair in names if judged(pair)["plan"].decision.verdict == "recommended"]
     rows = []
     for seconds in LENGTHS:
-        left = 1 - max(MINUTE, SHARE * seconds) / seconds
+        left = 1 - planning(seconds) / seconds
         gains = [(auto * left**power - 1, largest - 1) for auto, largest, power in found]
         better = sum(gain > 0 for gain, _ in gains)
         (mean, largest), (worst, _) = np.mean(gains, axis=0), np.min(gains, axis=0)
@@ -183,7 +182,7 @@ def sums(names: Iterable[str]) -> str:
     inside = [hit for one in found for hit in one["inside"]]
     off = [miss for one in found for miss in one["off"]]
     told = {name: f"{np.mean([one[name] for one in found]):.2%}" for name in ("regret", "usual", "most", "auto")}
-    few = sum(one["regret"] <= 0.01 for one in found)
+    few = sum(one["regret"] <= FLAT for one in found)
     return (
         f"{told}; regret at most 1% in {few} of {len(found)}; inside {sum(inside)} of {len(inside)}; log of the drop "
         f"off by {np.mean(off):+.2f} +- {np.std(off):.2f}; rank {np.mean([one['rank'] for one in found]):.2f}"

@@ -1,7 +1,7 @@
 import pytest
 
 from ctsft.errors import CTError
-from ctsft.plan.budget import Budget, parse_budget
+from ctsft.plan.budget import Budget, parse_budget, planning
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,7 @@ def test_how_long_an_arm_trains():
     assert Budget(steps=7).length(120, 1.0) == 7
     assert Budget(seconds=10).length(120, 0.5) == 20
     assert Budget(seconds=10).length(120, 50.0) == 1
+
+
+def test_a_plan_takes_a_minute_or_three_percent_if_that_is_more():
+    assert (planning(10), planning(2000), planning(7200)) == (60, 60, pytest.approx(216))

@@ -59,7 +59,8 @@ class Evidence:
     def reading(self, arm: ArmRuns, pool: Sequence[ArmRuns], metric: str, label: str) -> Reading | None:
         """What `arm` measured, None where it does not measure this; NotRun where it, or what its metric is taken
         against, lacks seeds."""
-        every = [arm, *references(arm, pool, metric)]
+        others = references(arm, pool, metric)
+        every = [arm, *others]
         for one in every:
             if not one.complete or one.lr is None:
                 told = f"{one.name} [{label if one is arm else one.spec.key}]"
@@ -68,7 +69,7 @@ class Evidence:
         if not found and not any(r.diverged for r in arm.records):
             return None
         self.arms |= {one.spec.model_dump_json(): one for one in every}
-        return Reading(label, arm, metric, found, by_window(arm, references(arm, pool, metric), metric))
+        return Reading(label, arm, metric, found, by_window(arm, others, metric))
 
     def readings(self, selection: Selection, metric: str) -> list[Reading]:
         """The arms of a selection. All that are missing are told at once."""

@@ -57,3 +57,8 @@ def parse_budget(text: str | None) -> Budget:
     if (limits.get("steps") or 1) % 1 or (limits.get("steps") or 1) > 1e9:
         raise CTError(f"--budget {shown(text or '')!r} must be a whole number of steps, at most 1,000,000,000.")
     return Budget(**limits)
+
+
+def planning(seconds: float) -> float:
+    """Seconds that a plan of a training of `seconds` may take: 3% of it, or a minute if that is more."""
+    return max(60.0, 0.03 * seconds)

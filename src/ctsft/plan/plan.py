@@ -18,6 +18,7 @@ from ctsft.adapter.learned import Learned
 from ctsft.adapter.targets import find_targets
 from ctsft.files import cpu_name, versions
 from ctsft.plan.arms import ARMS, Candidate, candidate
+from ctsft.plan.budget import planning
 from ctsft.plan.choose import Option, decide
 from ctsft.plan.predict import by_size, growth, predicted
 from ctsft.plan.question import Question, make_question
@@ -32,7 +33,6 @@ from ctsft.tune.measure import heldout_loss
 from ctsft.tune.recipe import Recipe
 from ctsft.tune.record import Machine
 
-MINUTE, SHARE = 60.0, 0.03  # what a plan may take: the larger of a minute and this share of the training
 KS = (4, 16, 64, 256)
 GAINS = 64
 PEERS = ("lora-8", "lora-1", "vera-256")
@@ -68,7 +68,7 @@ def answered(question: Question, console: Console | None = None) -> Plan:
     arms = ordered(chosen_arms(found.loaded.model, question))
     second = seconds_a_row(found)
     steps, size = question.allowed().length(question.steps, BACK * second * question.batch_size), question.batch_size
-    spend = question.spend or max(MINUTE, SHARE * steps * size * BACK * second)
+    spend = question.spend or planning(steps * size * BACK * second)
     race = level(len(arms), second, spend, steps, size)
     bench = Bench(
         found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, found.heldout[: race.heldout], race.rows
