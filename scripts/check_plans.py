@@ -34,7 +34,7 @@ ALL = ("diagonal-4", "diagonal-16", "diagonal-64", "diagonal-256", "gains-64", "
 FEW = ("diagonal-16", "diagonal-64", "gains-64", "lora-8")  # of the largest model
 TEXT = {"max_length": 128}
 TUNING, SEEDS = 0, (1, 2)  # the plan races on seed 0, too
-HELD = {"smollm2-135m": 24}  # rows that a sweep scores, of the others 64
+HELD = {"smollm2-135m": 24, "tinyllama-1.1b": 16}  # rows that a sweep scores, of the others 64
 
 # Model and text of every pair, with what differs from a question's defaults.
 EARLIER: dict[str, dict[str, Any]] = {  # checked first; predictions are fitted on them, too, since
@@ -54,6 +54,9 @@ PAIRS = EARLIER | {
     "stories260k-numpy": {"data": "texts/libraries-numpy.txt", "steps": 60, "batch_size": 2, **TEXT},
     "stories260k-zoo40": {"data": "texts/databases-zoo.jsonl", "limit": 40, "steps": 60, "batch_size": 2},
     "stories260k-austen": {"data": "texts/authors-austen.txt", "steps": 400, "batch_size": 2, "max_length": 64},
+    "stories15m-numpy": {"data": "texts/libraries-numpy.txt", "steps": 40, "batch_size": 2, **TEXT},
+    "stories260k-sql50000": {"data": "sql", "limit": 50_000, "steps": 60, "batch_size": 2},
+    "tinyllama-1.1b-sql": {"data": "sql", "limit": 200, "steps": 12, "batch_size": 2, "arms": [*FEW], "spend": 600.0},
 }
 TWICE = ("stories260k-acts",)  # on two seeds
 WHOLE = (*TWICE, "stories260k-numpy", "stories260k-zoo40")  # with VeRA and LoRA r1, too
@@ -76,7 +79,7 @@ LOOKS = (0, 6, 12, 20, 30, 40, 60, 90)
 
 def model_of(pair: str) -> str:
     """The model of a pair, as it is called in CTSFT_MODELS, or built in."""
-    return next(m for m in ("stories260k", "stories15m", "photonic", "smollm2-135m") if pair.startswith(m))
+    return next(m for m in ("stories260k", "stories15m", "photonic", "smollm2-135m", "tinyllama-1.1b") if pair.startswith(m))
 
 
 def bench_of(pair: str, asked: dict[str, Any], heldout: int) -> Any:
