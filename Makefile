@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml packages/ctsft-photonic/pyproject.toml constraints.txt
 # Threads beyond the cores cost more than they bring. A value from the environment stands.
 demo: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
 demo: setup ## fine-tune SmolLM2-135M on questions about databases; the result is in runs/demo
-	$(BIN)/ctsft tune --model smollm2-135m --data sql --form gains --steps 60 --out runs/demo --overwrite
+	$(BIN)/ctsft tune --model smollm2-135m --data sql --form gains --k 64 --steps 60 --out runs/demo --overwrite
 
 demo-fleet: export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.physicalcpu 2>/dev/null || echo 1)
 demo-fleet: setup ## learn directions from some databases, then serve one never seen in a minute; the result is in runs/fleet

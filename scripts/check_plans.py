@@ -79,7 +79,9 @@ LOOKS = (0, 6, 12, 20, 30, 40, 60, 90)
 
 def model_of(pair: str) -> str:
     """The model of a pair, as it is called in CTSFT_MODELS, or built in."""
-    return next(m for m in ("stories260k", "stories15m", "photonic", "smollm2-135m", "tinyllama-1.1b") if pair.startswith(m))
+    return next(
+        m for m in ("stories260k", "stories15m", "photonic", "smollm2-135m", "tinyllama-1.1b") if pair.startswith(m)
+    )
 
 
 def bench_of(pair: str, asked: dict[str, Any], heldout: int) -> Any:

@@ -5,6 +5,7 @@ import pytest
 
 from command import assert_one_sentence, options
 from ctsft.files import read_json
+from ctsft.plan import automatic as by_plan
 from ctsft.plan import plan as plans
 from ctsft.plan.told import read_plan
 from ctsft.tune.recipe import read_recipe
@@ -54,10 +55,15 @@ def test_a_file_that_is_no_plan_is_told(tmp_path):
         read_plan(tmp_path / "plan.json")
 
 
+def learned(ctsft, files, folder):
+    """Eight directions in folder `d`."""
+    (folder / "my.txt").write_text("".join(f"{w} is a colour, and a word.\n\n" for w in WORDS * 40))
+    learn = ["basis", "learn", "--model", files[0], "--data", files[1], folder / "my.txt", "--steps", "2", "--k", "8"]
+    assert ctsft(*learn, "--out", folder / "d")[0] == 0
+
+
 def test_learned_directions_at_hand_are_weighed_at_the_k_they_have(ctsft, files, tmp_path):
-    (tmp_path / "my.txt").write_text("".join(f"{w} is a colour, and a word.\n\n" for w in WORDS * 40))
-    learn = ["basis", "learn", "--model", files[0], "--data", files[1], tmp_path / "my.txt", "--steps", "2", "--k", "8"]
-    assert ctsft(*learn, "--out", tmp_path / "d")[0] == 0
+    learned(ctsft, files, tmp_path)
     asked = ["--model", files[0], "--data", files[1], "--steps", "6", "--batch-size", "2", "--heldout", "10"]
     code, out, _ = ctsft("plan", *asked, "--arms", "lora-1", "--basis", tmp_path / "d", "--json")
     found = json.loads(out)
@@ -67,17 +73,23 @@ def test_learned_directions_at_hand_are_weighed_at_the_k_they_have(ctsft, files,
     assert_one_sentence(ctsft("plan", *asked, "--basis", tmp_path / "none"), "neither a kind of basis", "none")
 
 
-# ---- ctsft tune --k auto
+# ---- ctsft tune --k auto, and without --k
 
 
 def automatic(files, *more):
     words = options(files)
     words[words.index("--k") + 1] = "auto"
-    return [*words, *more]
+    return [*words, *more, "--allow-worse"]
+
+
+def unsaid(files, *more):
+    words = options(files)
+    at = words.index("--k")
+    return [*words[:at], *words[at + 2 :], *more, "--allow-worse"]
 
 
 def test_k_auto_is_chosen_before_the_run_and_kept_by_resume(ctsft, files, tmp_path, monkeypatch):
-    code, _, err = ctsft("tune", *automatic(files), "--form", "gains", "--out", tmp_path / "r", "--allow-worse")
+    code, _, err = ctsft("tune", *automatic(files), "--form", "gains", "--out", tmp_path / "r")
     assert code == 0
     recipe, found = read_recipe(tmp_path / "r" / "recipe.json"), read_plan(tmp_path / "r" / "plan.json")
     assert [o.candidate.split("-")[0] for o in found.options] == ["gains"] * 3
@@ -87,9 +99,61 @@ def test_k_auto_is_chosen_before_the_run_and_kept_by_resume(ctsft, files, tmp_pa
     assert read_json(tmp_path / "r" / "run.json")["recipe"]["k"] == recipe.k
 
     monkeypatch.setattr(plans, "answered", None)  # whoever plans now fails
+    monkeypatch.setattr(by_plan, "answered", None)
     (tmp_path / "r" / "run.json").unlink()
     code, _, err = ctsft("tune", "--resume", "--k", "auto", "--out", tmp_path / "r", "--allow-worse")
     assert code == 0 and read_recipe(tmp_path / "r" / "recipe.json") == recipe
+
+
+def test_without_k_a_long_training_is_planned_over_both_forms(ctsft, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(by_plan, "WORTH", 0.0)
+    assert ctsft("tune", *unsaid(files), "--out", tmp_path / "r")[0] == 0
+    assert (tmp_path / "r" / "plan.html").exists()
+    recipe, found = read_recipe(tmp_path / "r" / "recipe.json"), read_plan(tmp_path / "r" / "plan.json")
+    assert {o.candidate for o in found.options} == {"diagonal-4", "diagonal-16", "diagonal-32", "gains-32"}
+    assert f"{recipe.form}-{recipe.k}" == found.decision.candidate
+
+    told = ["--k", recipe.k, "--form", recipe.form, "--lr", recipe.lr]  # the same by hand, on a model freshly loaded
+    assert ctsft("tune", *unsaid(files), *told, "--out", tmp_path / "s")[0] == 0
+    one, two = (read_json(tmp_path / name / "run.json") for name in "rs")
+    assert [one[n] for n in ("before", "after", "recipe")] == [two[n] for n in ("before", "after", "recipe")]
+    assert [p["loss"] for p in one["curve"]] == [p["loss"] for p in two["curve"]]
+
+    assert ctsft("tune", *unsaid(files), *told, "--out", tmp_path / "r", "--overwrite")[0] == 0
+    assert not (tmp_path / "r" / "plan.json").exists()  # a run of another K is not of this plan
+
+
+def test_without_k_a_form_and_a_rate_that_are_given_stay(ctsft, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(by_plan, "WORTH", 0.0)
+    given = ["--form", "diagonal", "--lr", "0.01", "--out", tmp_path / "r"]
+    assert ctsft("tune", *unsaid(files), *given)[0] == 0
+    recipe, found = read_recipe(tmp_path / "r" / "recipe.json"), read_plan(tmp_path / "r" / "plan.json")
+    assert {o.candidate.split("-")[0] for o in found.options} == {"diagonal"}
+    assert (recipe.form, recipe.lr) == ("diagonal", 0.01)
+
+
+def test_without_k_a_short_training_takes_64_or_all_that_there_are(ctsft, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(by_plan, "answered", None)
+    code, _, err = ctsft("tune", *unsaid(files), "--out", tmp_path / "r")
+    assert code == 0 and "K is 32: training takes about" in err and "too little to plan for" in err
+    assert read_recipe(tmp_path / "r" / "recipe.json").k == 32 and not (tmp_path / "r" / "plan.json").exists()
+
+
+def test_without_k_what_plans_do_not_know_takes_64(ctsft, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(by_plan, "WORTH", 0.0)
+    told = ctsft("tune", *unsaid(files), "--target", "q_proj", "--out", tmp_path / "r")
+    assert "K is 64: plans know nothing of target_modules" in told[2]
+    assert "more than the 32 directions" in told[2] and told[0] == 2
+
+
+def test_without_k_learned_directions_are_all_used(ctsft, files, tmp_path, monkeypatch):
+    learned(ctsft, files, tmp_path)
+    assert ctsft("tune", *unsaid(files), "--basis", tmp_path / "d", "--out", tmp_path / "r")[0] == 0
+    assert read_recipe(tmp_path / "r" / "recipe.json").k == 8
+    monkeypatch.setattr(by_plan, "WORTH", 0.0)
+    assert ctsft("tune", *unsaid(files), "--basis", tmp_path / "d", "--out", tmp_path / "s")[0] == 0
+    names = [o.candidate for o in read_plan(tmp_path / "s" / "plan.json").options]
+    assert sorted(names) == [f"{arm}@{tmp_path / 'd'}" for arm in ("diagonal-4", "diagonal-8", "gains-8")]
 
 
 def test_k_auto_says_what_it_cannot_plan(ctsft, files, tmp_path):
@@ -98,6 +162,7 @@ def test_k_auto_says_what_it_cannot_plan(ctsft, files, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_k_auto_refuses_a_folder_before_it_plans(ctsft, files, finished, monkeypatch):
-    monkeypatch.setattr(plans, "answered", None)
-    assert_one_sentence(ctsft("tune", *automatic(files), "--out", finished), "holds a run that is finished")
+def test_a_folder_is_refused_before_anything_is_planned(ctsft, files, finished, monkeypatch):
+    monkeypatch.setattr(by_plan, "automatic", None)
+    for words in (automatic(files), unsaid(files)):
+        assert_one_sentence(ctsft("tune", *words, "--out", finished), "holds a run that is finished")

@@ -38,7 +38,7 @@ ROOMS = {  # the lowest first; "" holds the small files that all use
     ],
     "plan": [
         *("arms", "asked", "contest", "record", "rates", "standing", "trial", "page", "compare"),
-        *("budget", "predict", "choose", "question", "told", "frontier", "plan"),
+        *("budget", "predict", "choose", "question", "told", "frontier", "plan", "automatic"),
     ],
     "lab": [
         *(

@@ -74,7 +74,8 @@ def option_of(field: Any, hint: Any) -> inspect.Parameter:
     kind: Any = list[str] if allowed == [list] else allowed[0] if len(allowed) == 1 and not words else str
     told = field.metadata["description"].replace("`", "")
     if field.default is not None and kind is not bool:
-        told += f" (default: {DEFAULTS.get(name, str(field.default).removesuffix('.0'))})"
+        unsaid = field.metadata.get("unsaid") or DEFAULTS.get(name, str(field.default).removesuffix(".0"))
+        told += f" (default: {unsaid})"
     declared = typer.Option(
         "--" + NAMES.get(name, name).replace("_", "-"),
         help=told,

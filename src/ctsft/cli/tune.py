@@ -4,7 +4,7 @@ import json
 import os
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -15,13 +15,13 @@ from ctsft.cli.options import default_threads, options_of, parsed
 from ctsft.cli.plan import headline, keep
 from ctsft.errors import CTError, shown
 from ctsft.pages.words import duration, size
-from ctsft.plan.question import FIELDS, make_question
-from ctsft.plan.told import Plan
 from ctsft.progress import waiting
-from ctsft.tune.recipe import ADAPTER, Recipe, make_recipe, read_recipe
+from ctsft.tune.recipe import Recipe, make_recipe, read_recipe
 from ctsft.tune.record import RunRecord, Sample
 
-PLANNED = {"k", "form", "basis", "basis_file", "basis_dtype", "save_dtype", "store_basis", "seed"}  # with --k auto
+if TYPE_CHECKING:
+    from ctsft.plan.automatic import Chosen
+
 WORSE = 3  # exit code of a run whose held-out loss rose
 
 
@@ -55,23 +55,29 @@ def tune(
     if resume and overwrite:
         raise CTError("--resume continues the run in --out and --overwrite replaces it; give one of them.")
     known = out / "recipe.json"
-    planned = None
+    always, form = values.get("k") == "auto", "form" in values
+    if always:
+        del values["k"]
     if resume and known.exists():
-        if values.get("k") == "auto":
-            del values["k"]  # what was chosen then stays
-        values = read_recipe(known).values() | values
-    values = {"threads": default_threads()} | values
-    if values.get("k") == "auto":
-        planned = plan_of(values, out, resume, overwrite)
-        values |= chosen(planned)
-    recipe = make_recipe(values)
+        values = read_recipe(known).values() | values  # a K that was chosen then stays
+    recipe = make_recipe({"threads": default_threads()} | values)
+    planned = found = None
 
     try:
         with waiting(err, "starting"):
+            from ctsft.plan.automatic import automatic
             from ctsft.tune import run as train
-        run = train.tune(recipe, out, resume, overwrite, err)
+            from ctsft.tune.folder import check_folder
+        if "k" not in values:
+            check_folder(recipe, out, resume, overwrite)
+            chosen = automatic(recipe, err, form, always)
+            recipe, planned, found = chosen.recipe, chosen.plan, chosen.found
+            show_choice(chosen)
+        run = train.tune(recipe, out, resume, overwrite, err, found)
     except KeyboardInterrupt as stop:  # Stopped is one
         if known.exists() and not (out / "run.json").exists() and read_recipe(known) == recipe:
+            if planned:
+                keep(planned, out)
             then = f"continue with: ctsft tune --resume --out {shlex.quote(str(out))}"
         else:
             then = "nothing was begun, so start it again with the same command"
@@ -89,31 +95,12 @@ def tune(
             raise typer.Exit(WORSE)
 
 
-def plan_of(values: dict[str, Any], out: Path, resume: bool, overwrite: bool) -> Plan:
-    """The plan for a run of `values` whose K is auto: its own form and basis at several K, and no peers."""
-    fixed = make_recipe({n: v for n, v in values.items() if n != "k"})
-    other = [n for n in ADAPTER if n not in PLANNED and getattr(fixed, n) != Recipe.__dataclass_fields__[n].default]
-    if other:
-        raise CTError(f"--k auto tries adapters without {', '.join(other)}; leave that out, or give a number for --k.")
-    with waiting(err, "starting"):
-        from ctsft.plan.plan import answered
-        from ctsft.tune.folder import check_folder
-    check_folder(fixed, out, resume, overwrite)
-    where = "" if fixed.basis == "random" else f"@{fixed.basis_file or fixed.basis}"
-    asked = {n: v for n, v in fixed.values().items() if n in FIELDS and n != "basis"}
-    found = answered(make_question(asked | {"arms": [fixed.form + where]}), err)
-    say(headline(found), "bold")
-    for sentence in found.decision.why:
+def show_choice(chosen: "Chosen") -> None:
+    """What is trained where no K was given, and why."""
+    if chosen.plan:
+        say(headline(chosen.plan), "bold")
+    for sentence in chosen.plan.decision.why if chosen.plan else [chosen.why]:
         say(sentence, "dim")
-    return found
-
-
-def chosen(found: Plan) -> dict[str, Any]:
-    """The fields of the recipe that the plan decides: K, and the rate where another than the measured one is better."""
-    option = found.chosen
-    assert option  # without a budget one always fits
-    k = int(option.candidate.partition("@")[0].partition("-")[2])
-    return {"k": k} | ({"lr": option.rate} if option.again else {})
 
 
 def show_run(run: RunRecord, out: Path) -> None:

@@ -12,6 +12,7 @@ from ctsft.tune.record import Part
 
 FLAT = 0.01  # of the best arm's predicted drop: arms that lose no more are as good, and the smallest of them is taken
 HARDLY = 0.005  # of the untouched loss: a predicted drop that is no more tells nothing
+USUAL = 64  # directions a matrix, where nothing else is known
 FEW = 8  # rows, of those to train on and of those held out, below which nothing is told
 
 Verdict = Literal["recommended", "cannot tell", "nothing fits"]
@@ -79,7 +80,7 @@ def decide(start: float, options: Sequence[Option], budget: Budget, rows: int, h
 def usual(ours: Sequence[Option]) -> Option:
     """What to take where nothing can be told: K=64 along random directions, or what is nearest to it in size."""
     plain = [o for o in ours if o.candidate.startswith("diagonal-") and "@" not in o.candidate] or [*ours]
-    return min(plain, key=lambda o: abs(math.log(int(o.candidate.split("-")[1].split("@")[0]) / 64)))
+    return min(plain, key=lambda o: abs(math.log(int(o.candidate.split("-")[1].split("@")[0]) / USUAL)))
 
 
 def doubt(start: float, ours: Sequence[Option], best: Option, rows: int, heldout: int) -> list[str]:

@@ -56,14 +56,16 @@ def make_plan(*, console: Console | None = None, **options: Any) -> Plan:
     return answered(make_question({"threads": torch.get_num_threads()} | options), console)
 
 
-def answered(question: Question, console: Console | None = None) -> Plan:
-    """`make_plan` by a Question."""
+def answered(question: Question, console: Console | None = None, found: Material | None = None) -> Plan:
+    """`make_plan` by a Question; `found`: its model and rows, if they are at hand. The model is left as it is."""
     console = console or Console(stderr=True, markup=False)
     for name in [*(question.arms or ()), *([f"diagonal@{question.basis}"] if question.basis is not None else [])]:
         spelled(name, KS)  # what is none shows before anything is loaded
     torch.set_num_threads(question.threads)
     transformers_logging.set_verbosity_error()
-    found = gathered(question.recipe(eval_rows=max(held for _, _, held in LEVELS)), console)
+    most = max(held for _, _, held in LEVELS)
+    found = found or gathered(question.recipe(eval_rows=most), console)
+    scored = found.heldout[:most]
     began = time.monotonic()
     arms = ordered(chosen_arms(found.loaded.model, question))
     second = seconds_a_row(found)
@@ -71,12 +73,12 @@ def answered(question: Question, console: Console | None = None) -> Plan:
     spend = question.spend or planning(steps * size * BACK * second)
     race = level(len(arms), second, spend, steps, size)
     bench = Bench(
-        found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, found.heldout[: race.heldout], race.rows
+        found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, scored[: race.heldout], race.rows
     )
     tried = races(bench, arms, race, question.seed, began + spend, console)
-    start = bench.loss(bench.model, found.heldout)  # races are scored on few of these rows
+    start = bench.loss(bench.model, scored)  # races are scored on few of these rows
     options = weighed(bench, arms, tried, race, question, start)
-    decision = decide(start, options, question.allowed(), len(found.train), len(found.heldout))
+    decision = decide(start, options, question.allowed(), len(found.train), len(scored))
     seconds = time.monotonic() - began
     training = next((o.seconds for o in options if o.candidate == decision.candidate), options[0].seconds)
     return Plan(
@@ -85,7 +87,7 @@ def answered(question: Question, console: Console | None = None) -> Plan:
         data=found.corpus.name,
         question=asdict(question),
         rows=len(found.train),
-        heldout=len(found.heldout),
+        heldout=len(scored),
         tokens=sum(map(len, found.train["input_ids"])) / len(found.train),
         parameters=found.parameters,
         start=start,
@@ -111,18 +113,32 @@ def answered(question: Question, console: Console | None = None) -> Plan:
 
 def chosen_arms(model: Any, question: Question) -> list[Candidate]:
     """The arms that are asked for, else a few of every size; along learned directions too, where they are at hand."""
-    most = min(min(matrix(m).shape) for m in find_targets(model, CTConfig())[0].values())
+    most = narrowest(model)
     ks = [k for k in KS if k <= most]
     if most < KS[-1] and most >= 1.4 * max(ks, default=1):
         ks.append(most)
-    names = [*(question.arms or ("diagonal", f"gains-{min(GAINS, most)}", *PEERS))]
-    found = [arm for name in names for arm in spelled(name, ks)]
+    names = [*(question.arms or (*ours(model), *PEERS))]
     if question.basis is not None:
-        own = spelled(f"diagonal@{question.basis}", ks)
-        k = Learned.read(Path(question.basis).expanduser()).k
-        least = k if isinstance(k, int) else min(k.values())
-        found += [replace(arm, k=min(arm.k, least)) for arm in own]
-    return found
+        names.append(f"diagonal@{question.basis}")
+    return [within(arm) for name in names for arm in spelled(name, ks)]
+
+
+def narrowest(model: Any) -> int:
+    """The directions that the narrowest of the matrices has, which ours adapts by default."""
+    return min(min(matrix(m).shape) for m in find_targets(model, CTConfig())[0].values())
+
+
+def ours(model: Any) -> tuple[str, str]:
+    """The arms of ours that are weighed where none are asked for, as `spelled` reads them."""
+    return "diagonal", f"gains-{min(GAINS, narrowest(model))}"
+
+
+def within(arm: Candidate) -> Candidate:
+    """`arm`, with no more directions than there are where they were learned."""
+    if arm.basis_file is None:
+        return arm
+    k = Learned.read(Path(arm.basis_file)).k
+    return replace(arm, k=min(arm.k, k if isinstance(k, int) else min(k.values())))
 
 
 def spelled(name: str, ks: Sequence[int]) -> list[Candidate]:

@@ -21,7 +21,8 @@ from ctsft.tune.trainer import BEST, COMPLETE
 P = TypeVar("P", bound=Part)
 LOCK = ".lock"
 MARKS = ("recipe.json",)  # in the folder of a run
-FILES = ("run.json", "report.html", "before.json", "sources.json", "recipe.json")  # besides adapter/ and checkpoints/
+# Besides adapter/ and checkpoints/; a plan is there where it chose K.
+FILES = ("run.json", "report.html", "plan.json", "plan.html", "before.json", "sources.json", "recipe.json")
 # What a killed run can leave: the scratch folder of `save_adapter` and the scratch files of `files.replacing`.
 SCRATCH = re.compile(rf"\.adapter-[a-z0-9_]{{8}}|\.({'|'.join(map(re.escape, (*FILES, BEST)))})-[0-9a-f]{{32}}")
 

@@ -1,6 +1,6 @@
 """What training is made from, before there is an adapter: the bare model and the rows in tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import torch
@@ -32,6 +32,11 @@ class Material:
     cut: Cut
     notes: list[str]
     sources: Sources
+
+    def of(self, recipe: Recipe) -> "Material":
+        """The same for `recipe`, which differs from its own in the adapter and the rate at most."""
+        sources = self.sources.model_copy(update={"recipe": hashed([recipe.values()])})
+        return replace(self, recipe=recipe, sources=sources)
 
 
 def gathered(recipe: Recipe, console: Console) -> Material:

@@ -17,10 +17,11 @@ Choices = TypeVar("Choices")
 ADAPTER = {field.name: field for field in dataclasses.fields(AdapterOptions)}
 
 
-def as_chosen(name: str, default: Any = dataclasses.MISSING) -> Any:
-    """The adapter's option `name` with its description, here with limits of its type, or another `default`."""
+def as_chosen(name: str, default: Any = dataclasses.MISSING, unsaid: str | None = None) -> Any:
+    """The adapter's option `name` with its description, here with limits of its type, or another `default`; `unsaid`:
+    what the command does, in words, where it is not given."""
     default = ADAPTER[name].default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=default, metadata=ADAPTER[name].metadata)
+    return dataclasses.field(default=default, metadata={**ADAPTER[name].metadata, "unsaid": unsaid})
 
 
 def option(group: str, default: Any, told: str) -> Any:
@@ -32,7 +33,9 @@ def option(group: str, default: Any, told: str) -> Any:
 class Recipe(AdapterOptions):
     """What `ctsft tune` does. Unknown fields are refused; a finished run carries its recipe in run.json."""
 
-    k: Count | Annotated[dict[str, Count], Field(min_length=1)] = as_chosen("k")
+    k: Count | Annotated[dict[str, Count], Field(min_length=1)] = as_chosen(
+        "k", unsaid="auto where training takes five minutes or more, else 64"
+    )
     basis: BasisKind = as_chosen("basis", "random")  # as good as W's own, and made in no time
     target_modules: list[str] | None = dataclasses.field(
         default=None,

@@ -98,9 +98,10 @@ def adapter_config(recipe: Recipe, dtype: torch.dtype) -> CTConfig:
     return CTConfig(task_type="CAUSAL_LM", **values)
 
 
-def prepared(recipe: Recipe, console: Console) -> Parts:
-    """The model with a fresh adapter, and the rows. CTError for whatever does not fit together."""
-    found = gathered(recipe, console)
+def prepared(recipe: Recipe, console: Console, found: Material | None = None) -> Parts:
+    """The model with a fresh adapter, and the rows, from `found` if they are at hand. CTError for whatever does not fit
+    together."""
+    found = found.of(recipe) if found else gathered(recipe, console)
     model = with_adapter(recipe, found.loaded, found.train, console)
     found.sources.directions = model.peft_config["default"].basis_checksum  # type: ignore[attr-defined]
     return Parts(**vars(found), model=model, console=console)
@@ -172,9 +173,15 @@ def measured_after(parts: Parts, before: Measured, best: Path) -> tuple[Measured
 
 
 def tune(
-    recipe: Recipe, out: str | Path, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    recipe: Recipe,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    found: Material | None = None,
 ) -> RunRecord:
-    """Fine-tune as `recipe` says, in folder `out`; returns the record, which is also in run.json.
+    """Fine-tune as `recipe` says, in folder `out`; returns the record, which is also in run.json. `found`: the model
+    and the rows of the recipe, if they are at hand.
 
     Leaves `adapter/` (PEFT), `report.html`, `recipe.json` and, last of all, `run.json`. Stopped or killed at any moment
     once recipe.json is there, it continues with `resume` to the same numbers as an unbroken run. A run whose held-out
@@ -189,7 +196,7 @@ def tune(
         torch.set_num_threads(recipe.threads)
         transformers_logging.set_verbosity_error()
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-        parts = prepared(recipe, console)
+        parts = prepared(recipe, console, found)
         if resume:
             check_sources(parts.sources, recipe.model, recipe.data, out, parts.tell)
         else:  # up to here nothing was written
