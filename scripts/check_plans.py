@@ -55,7 +55,7 @@ PAIRS = EARLIER | {
     "stories260k-zoo40": {"data": "texts/databases-zoo.jsonl", "limit": 40, "steps": 60, "batch_size": 2},
     "stories260k-austen": {"data": "texts/authors-austen.txt", "steps": 400, "batch_size": 2, "max_length": 64},
     "stories15m-numpy": {"data": "texts/libraries-numpy.txt", "steps": 40, "batch_size": 2, **TEXT},
-    "stories260k-sql50000": {"data": "sql", "limit": 50_000, "steps": 60, "batch_size": 2},
+    "stories15m-sql50000": {"data": "sql", "limit": 50_000, "steps": 40, "batch_size": 2},
     "tinyllama-1.1b-sql": {"data": "sql", "limit": 200, "steps": 12, "batch_size": 2, "arms": [*FEW], "spend": 600.0},
 }
 TWICE = ("stories260k-acts",)  # on two seeds
