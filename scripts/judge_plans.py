@@ -30,7 +30,7 @@ def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
     ours = {name: ends[name] for name, o in options.items() if o.ours}
     best = min(ours, key=lambda name: ours[name])
     drop = start - ours[best]
-    auto = smallest({name: o.loss for name, o in options.items()}, start)  # what --k auto takes
+    lone = smallest({name: o.loss for name, o in options.items()}, start)  # with one form
     return {
         "plan": plan,
         "start": start,
@@ -41,8 +41,7 @@ def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
         "usual": (ours[near_64(ours)] - ours[best]) / drop,
         "most": (ours[max(ours, key=lambda name: options[name].trained)] - ours[best]) / drop,
         "smallest": min((n for n in ours if ours[n] <= ours[best] + FLAT * drop), key=lambda n: options[n].trained),
-        "octaves": math.log2(k_of(auto) / k_of(smallest(ours, start))),
-        "auto": (ours[near_64(ours)] - ours[auto]) / drop,
+        "octaves": math.log2(k_of(lone) / k_of(smallest(ours, start))),
         "inside": [o.low <= ends[name] <= o.high for name, o in options.items()],
         "off": [math.log(max(start - ends[n], 1e-3) / max(start - o.loss, 1e-3)) for n, o in options.items()],
         "rank": float(spearmanr([o.loss for o in options.values()], [ends[name] for name in options]).statistic),
@@ -141,10 +140,10 @@ def under(pair: str, budget: Budget) -> tuple[float, ...] | None:
 
 
 def automatic(names: Iterable[str]) -> list[str]:
-    """A row for every length of a training: what `--k auto`, and the largest K, gain over 64 on the seed of the tuning,
-    in parts of the drop of 64. Auto has the K and rate of its plan, the others have the rule's rate, and the time of
-    the plan is not trained; the drop grows with the power of the steps that the pair has shown. Pairs of which the plan
-    could not tell are left out: auto takes 64 there."""
+    """A row for every length of a training: what a run without --k, and the largest K, gain over 64 in the same time on
+    the seed of the tuning, in parts of the drop of 64. Auto has arm and rate of its plan, whose time is not trained;
+    the others have the rule's rate. Seconds a step are those of the plan's races; the drop grows with the power of the
+    steps that the pair has shown. Pairs of which the plan could not tell are left out: auto takes 64 there."""
     found = [shown(pair) for pair in names if judged(pair)["plan"].decision.verdict == "recommended"]
     rows = []
     for seconds in LENGTHS:
@@ -159,29 +158,49 @@ def automatic(names: Iterable[str]) -> list[str]:
 
 
 def shown(pair: str) -> tuple[float, float, float]:
-    """The drops of auto and of the largest K at the rule's rate, in parts of that of 64 at the rule's; and the power of
-    the steps with which the drop grew from the race on, the fit's if the race was as long as the training."""
+    """The drops of the plan's arm at its rate, and of the largest K at the rule's, in the time of 64 and in parts of
+    its drop; and the power of the steps with which the drop grew from the race on, the fit's if the race was as long
+    as the training."""
     found = judged(pair, "remade.json" if pair in EARLIER else "plan.json")
-    start, plan = found["start"], found["plan"]
-    diagonal = {n: o for n, o in found["options"].items() if n.startswith("diagonal")}
+    start, plan, options = found["start"], found["plan"], found["options"]
+    diagonal = {n: o for n, o in options.items() if n.startswith("diagonal")}
+    raced = [o for o in diagonal.values() if o.race]
+    grown = np.median([math.log((start - found["ends"][o.candidate]) / (plan.start - o.race)) for o in raced])
+    longer = math.log(raced[0].steps / plan.race.steps)
+    power = grown / longer if longer else GROWTH
+    usual = options[near_64(diagonal)]
+
+    def gain(name: str, rate: float | None = None) -> float:
+        slower = options[name].seconds / options[name].steps / (usual.seconds / usual.steps)
+        return drop(name, rate) / drop(usual.candidate) / slower**power
 
     def drop(name: str, rate: float | None = None) -> float:
         tuning = [t for t in trials_of(pair, name) if t.seed == TUNING]
         return start - (min(tuning, key=lambda t: abs(math.log(t.rate / rate))) if rate else tuning[0]).end
 
-    auto = smallest({n: o.loss for n, o in diagonal.items()}, start)
-    usual, largest = drop(near_64(diagonal)), drop(max(diagonal, key=k_of))
-    raced = [o for o in diagonal.values() if o.race]
-    power = np.median([math.log((start - found["ends"][o.candidate]) / (plan.start - o.race)) for o in raced])
-    longer = math.log(raced[0].steps / plan.race.steps)
-    return drop(auto, diagonal[auto].rate) / usual, largest / usual, power / longer if longer else GROWTH
+    auto = plan.decision.candidate
+    return gain(auto, options[auto].rate), gain(max(diagonal, key=k_of)), power
+
+
+def beside() -> list[str]:
+    """A row for every pair that `scripts/check_auto.py` trained: without --k, and with K = 64 in the same time."""
+    rows = []
+    for line in lines(RECORDS / "auto.jsonl"):
+        auto, usual = (Trial(**line[side], train=[], clock=[]) for side in ("auto", "usual"))
+        start = auto.heldout[0][1] or math.nan
+        gain = (usual.end - auto.end) / (start - usual.end)
+        rows.append(
+            f"| {line['pair']} | {start:.3f} | {line['planning']:.0f} s | {auto.candidate}, {auto.steps:,} steps | "
+            f"{auto.end:.3f} | {usual.candidate}, {usual.steps:,} steps | {usual.end:.3f} | {gain:+.1%} |"
+        )
+    return rows
 
 
 def sums(names: Iterable[str]) -> str:
     found = [judged(pair) for pair in names if complete(pair)]
     inside = [hit for one in found for hit in one["inside"]]
     off = [miss for one in found for miss in one["off"]]
-    told = {name: f"{np.mean([one[name] for one in found]):.2%}" for name in ("regret", "usual", "most", "auto")}
+    told = {name: f"{np.mean([one[name] for one in found]):.2%}" for name in ("regret", "usual", "most")}
     few = sum(one["regret"] <= FLAT for one in found)
     return (
         f"{told}; regret at most 1% in {few} of {len(found)}; inside {sum(inside)} of {len(inside)}; log of the drop "
@@ -193,7 +212,7 @@ def parts() -> list[list[str]]:
     """The rows of the page's tables."""
     done = [pair for pair in PAIRS if complete(pair)]
     new = [pair for pair in done if pair not in EARLIER]
-    return [table(EARLIER), remade(EARLIER), table(new), budgets(done), automatic(done)]
+    return [table(EARLIER), remade(EARLIER), table(new), budgets(done), automatic(done), beside()]
 
 
 def main() -> None:
