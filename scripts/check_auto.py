@@ -2,7 +2,7 @@
 
     CTSFT_MODELS=... python scripts/check_auto.py [PAIR ...]
 
-The records are records/plans/auto.jsonl, and `scripts/judge_plans.py` prints what came of it. Each pair trains for about
+The records are records/plans/auto.jsonl; `scripts/judge_plans.py` prints what came of it. Each pair trains for about
 `SECONDS` as `ctsft tune` would without --k, after its plan; then K = 64 along random directions, at the rate of the
 rule, for as many steps as fit into the seconds of both. Seconds are the processor's, as the machine is shared. What is
 there is kept.

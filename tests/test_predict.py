@@ -30,7 +30,13 @@ def test_growth_is_a_power_of_the_steps_which_the_numbers_move():
 def test_a_loss_is_never_negative_and_a_race_that_rose_has_next_to_no_drop():
     assert predicted(1.0, 0.9, 3.0, 10.0).loss == 0
     rose = predicted(3.0, -0.5, 0.5, 10.0)
-    assert 2.99 < rose.low < rose.loss < rose.high < 3.0
+    assert rose.loss == pytest.approx(3 - 1e-3 * math.exp(0.5))
+
+
+def test_no_interval_is_thinner_than_what_counts_as_no_drop():
+    told = predicted(4.0, 0.01, 0.1, 3.0)
+    assert told.high - told.loss == pytest.approx(0.02) and told.loss - told.low == pytest.approx(0.02)
+    assert told.high > 4 - 1e-3  # so it holds a rise, too
 
 
 def test_an_arm_that_did_not_run_has_the_wider_interval():

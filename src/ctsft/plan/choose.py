@@ -7,11 +7,10 @@ from typing import Literal
 from pydantic import Field
 
 from ctsft.plan.budget import Budget
-from ctsft.plan.predict import RELATIVE
+from ctsft.plan.predict import HARDLY, RELATIVE
 from ctsft.tune.record import Part
 
 FLAT = 0.01  # of the best arm's predicted drop: arms that lose no more are as good, and the smallest of them is taken
-HARDLY = 0.005  # of the untouched loss: a predicted drop that is no more tells nothing
 USUAL = 64  # directions a matrix, where nothing else is known
 FEW = 8  # rows, of those to train on and of those held out, below which nothing is told
 

@@ -3,6 +3,7 @@
 import platform
 import shlex
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -61,6 +62,7 @@ def answered(question: Question, console: Console | None = None, found: Material
     console = console or Console(stderr=True, markup=False)
     for name in [*(question.arms or ()), *([f"diagonal@{question.basis}"] if question.basis is not None else [])]:
         spelled(name, KS)  # what is none shows before anything is loaded
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
     torch.set_num_threads(question.threads)
     transformers_logging.set_verbosity_error()
     most = max(held for _, _, held in LEVELS)

@@ -17,6 +17,7 @@ SIZE = 0.14  # log of the drop for every log of the numbers that train: for an a
 # not race. The first two hold together on 90% of pairs that are drawn as those of the fit were.
 PAIR, ARM, RELATIVE, UNRACED = 0.27, 0.25, 0.15, 0.3
 
+HARDLY = 0.005  # of the untouched loss: a drop that is no more tells nothing, nor is half an interval less
 LEAST = 1e-3  # nats per token: a drop that is smaller, or a rise, counts as this
 
 
@@ -42,8 +43,9 @@ def predicted(start: float, drop: float, log_growth: float, longer: float, raced
     """
     middle = math.log(max(drop, LEAST)) + log_growth
     half = math.hypot(ARM, PAIR * math.log(longer), 0.0 if raced else UNRACED)
-    loss, best, worst = (max(start - math.exp(middle + x), 0.0) for x in (0.0, half, -half))
-    return Prediction(loss, best, worst)
+    loss, best, worst = (start - math.exp(middle + x) for x in (0.0, half, -half))
+    least = HARDLY * start
+    return Prediction(max(loss, 0.0), max(min(best, loss - least), 0.0), max(worst, loss + least, least))
 
 
 def by_size(raced: int, trained: int) -> float:
