@@ -90,6 +90,19 @@ def test_the_right_k_is_the_smallest_within_a_percent_of_the_drop(judge):
     assert judge.near_64(["diagonal-4", "diagonal-32", "gains-32"]) == "diagonal-32"
 
 
+def test_rules_of_thumb_take_the_nearest_k(judge):
+    loaded("study_plans")
+    rules = loaded("study_rules")
+    found = {"options": dict.fromkeys(["diagonal-4", "diagonal-16", "diagonal-64", "gains-64"])}
+    found |= {"ends": {"diagonal-4": 4.0, "diagonal-16": 3.0, "diagonal-64": 2.995, "gains-64": 2.0}, "start": 5.0}
+    taken = [rules.nearest(found, k) for k in (1, 7, 8, 33, 10**6)]
+    assert taken == ["diagonal-4", "diagonal-4", "diagonal-16", "diagonal-64", "diagonal-64"]
+    assert rules.right(found) == 16  # within 1% of the drop of 64
+    assert rules.regret(found | {"best": "gains-64"}, "diagonal-16") == pytest.approx(1 / 3)
+    assert [rules.by_rows(n) for n in (999, 1_000, 99_999, 100_000)] == [8, 16, 32, 64]
+    assert rules.row("a", [0.0, 0.02], [1.0, -2.0]) == "| a | 1.0% | 2% | 1 of 2 | 1 of 2 |"
+
+
 def test_a_budget_counts_where_it_leaves_out_some_and_leaves_a_choice(judge):
     pair = "stories15m-melville"  # of 168, 672, 2,688, 10,752 and 20,544 numbers
     assert judge.under(pair, parse_budget("200 numbers")) is None is judge.under(pair, parse_budget("30000 numbers"))
@@ -102,7 +115,7 @@ def test_a_budget_counts_where_it_leaves_out_some_and_leaves_a_choice(judge):
 
 def test_the_page_has_every_row_of_the_check(judge):
     page = (SCRIPTS.parent / "docs" / "planning.md").read_text()
-    rows = [row for part in judge.parts() for row in part]
-    assert len(rows) > 20
+    rows = [row for part in judge.parts() for row in part] + loaded("study_rules").table()
+    assert len(rows) > 30
     for row in rows:
         assert row in page

@@ -107,8 +107,8 @@ def test_k_auto_is_chosen_before_the_run_and_kept_by_resume(ctsft, files, tmp_pa
 
 def test_without_k_a_long_training_is_planned_over_both_forms(ctsft, files, tmp_path, monkeypatch):
     monkeypatch.setattr(by_plan, "WORTH", 0.0)
-    assert ctsft("tune", *unsaid(files), "--out", tmp_path / "r")[0] == 0
-    assert (tmp_path / "r" / "plan.html").exists()
+    code, out, _ = ctsft("tune", *unsaid(files), "--out", tmp_path / "r")
+    assert code == 0 and (tmp_path / "r" / "plan.html").exists() and str(tmp_path / "r" / "plan.html") in out
     recipe, found = read_recipe(tmp_path / "r" / "recipe.json"), read_plan(tmp_path / "r" / "plan.json")
     assert {o.candidate for o in found.options} == {"diagonal-4", "diagonal-16", "diagonal-32", "gains-32"}
     assert f"{recipe.form}-{recipe.k}" == found.decision.candidate

@@ -88,7 +88,7 @@ def tune(
     if as_json:
         print(json.dumps(run.values(), indent=1))
     else:
-        show_run(run, out)
+        show_run(run, out, planned is not None)
     if run.warning:
         say(run.warning, "red")
         if not allow_worse:
@@ -103,8 +103,8 @@ def show_choice(chosen: "Chosen") -> None:
         say(sentence, "dim")
 
 
-def show_run(run: RunRecord, out: Path) -> None:
-    """The result of a run for a person: scores, generations, costs, files."""
+def show_run(run: RunRecord, out: Path, planned: bool = False) -> None:
+    """The result of a run for a person: scores, generations, costs, files; `planned`: a plan chose its K."""
     if run.after.accuracy and run.samples:
         out_console.print(
             "Held-out questions, in turn the first that came out right and the first that came out wrong:"
@@ -119,7 +119,8 @@ def show_run(run: RunRecord, out: Path) -> None:
         highlight=False,
     )
     out_console.print(
-        f"adapter {out / 'adapter'}   record {out / 'run.json'}   report {out / 'report.html'}",
+        f"adapter {out / 'adapter'}   record {out / 'run.json'}   report {out / 'report.html'}"
+        + (f"   plan {out / 'plan.html'}" if planned else ""),
         highlight=False,
         soft_wrap=True,
     )
