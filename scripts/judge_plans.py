@@ -18,7 +18,7 @@ from ctsft.plan.record import Trial
 from ctsft.plan.told import read_plan
 
 BUDGETS = ("1000 numbers", "5000 numbers", "20000 numbers", "100000 numbers", "5 KB", "20 KB", "100 KB")
-LENGTHS = (300, 600, 1800, 7200)  # seconds
+LENGTHS = (120, 300, 600, 1800, 7200)  # seconds
 
 
 def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
@@ -140,27 +140,31 @@ def under(pair: str, budget: Budget) -> tuple[float, ...] | None:
 
 
 def automatic(names: Iterable[str]) -> list[str]:
-    """A row for every length of a training: what a run without --k, and the largest K, gain over 64 in the same time on
-    the seed of the tuning, in parts of the drop of 64. Auto has arm and rate of its plan, whose time is not trained;
-    the others have the rule's rate. Seconds a step are those of the plan's races; the drop grows with the power of the
-    steps that the pair has shown. Pairs of which the plan could not tell are left out: auto takes 64 there."""
+    """A row for every length of a training: what a run without --k, one with --form diagonal, and the largest K gain
+    over 64 in the same time on the seed of the tuning, in parts of the drop of 64.
+
+    The first two have arm and rate of the plan, whose time is not trained; the others have the rule's rate. Seconds a
+    step are those of the plan's races; the drop grows with the power of the steps that the pair has shown. Pairs of
+    which the plan could not tell are left out: auto takes 64 there.
+    """
     found = [shown(pair) for pair in names if judged(pair)["plan"].decision.verdict == "recommended"]
     rows = []
     for seconds in LENGTHS:
         left = 1 - planning(seconds) / seconds
-        gains = [(auto * left**power - 1, largest - 1) for auto, largest, power in found]
-        better = sum(gain > 0 for gain, _ in gains)
-        (mean, largest), (worst, _) = np.mean(gains, axis=0), np.min(gains, axis=0)
+        gains = np.array([(auto * left**power, lone * left**power, k) for auto, lone, k, power in found]) - 1
+        mean, lone, largest = gains.mean(0)
+        better = f"{sum(gains[:, 0] > 0)} of {len(gains)}"
         rows.append(
-            f"| {seconds / 60:.0f} min | {mean:+.1%} | {worst:+.1%} | {better} of {len(gains)} | {largest:+.1%} |"
+            f"| {seconds / 60:.0f} min | {mean:+.1%} | {gains[:, 0].min():+.1%} | {better} | {lone:+.1%} | "
+            f"{largest:+.1%} |"
         )
     return rows
 
 
-def shown(pair: str) -> tuple[float, float, float]:
-    """The drops of the plan's arm at its rate, and of the largest K at the rule's, in the time of 64 and in parts of
-    its drop; and the power of the steps with which the drop grew from the race on, the fit's if the race was as long
-    as the training."""
+def shown(pair: str) -> tuple[float, float, float, float]:
+    """The drops of the plan's arm and of its best diagonal one at their rates, and of the largest K at the rule's, in
+    the time of 64 and in parts of its drop; and the power of the steps with which the drop grew from the race on, the
+    fit's if the race was as long as the training."""
     found = judged(pair, "remade.json" if pair in EARLIER else "plan.json")
     start, plan, options = found["start"], found["plan"], found["options"]
     diagonal = {n: o for n, o in options.items() if n.startswith("diagonal")}
@@ -178,20 +182,20 @@ def shown(pair: str) -> tuple[float, float, float]:
         tuning = [t for t in trials_of(pair, name) if t.seed == TUNING]
         return start - (min(tuning, key=lambda t: abs(math.log(t.rate / rate))) if rate else tuning[0]).end
 
-    auto = plan.decision.candidate
-    return gain(auto, options[auto].rate), gain(max(diagonal, key=k_of)), power
+    auto, lone = plan.decision.candidate, smallest({n: o.loss for n, o in diagonal.items()}, start)
+    return gain(auto, options[auto].rate), gain(lone, options[lone].rate), gain(max(diagonal, key=k_of)), power
 
 
 def beside() -> list[str]:
     """A row for every pair that `scripts/check_auto.py` trained: without --k, and with K = 64 in the same time."""
     rows = []
     for line in lines(RECORDS / "auto.jsonl"):
-        auto, usual = (Trial(**line[side], train=[], clock=[]) for side in ("auto", "usual"))
-        start = auto.heldout[0][1] or math.nan
-        gain = (usual.end - auto.end) / (start - usual.end)
+        sides = [line["auto"], line["usual"]]
+        (start, end), (_, usual) = ([loss for _, loss in side["heldout"]] for side in sides)
+        told = [f"{side['candidate']}, {side['steps']:,} steps, {side['seconds']:.0f} s" for side in sides]
         rows.append(
-            f"| {line['pair']} | {start:.3f} | {line['planning']:.0f} s | {auto.candidate}, {auto.steps:,} steps | "
-            f"{auto.end:.3f} | {usual.candidate}, {usual.steps:,} steps | {usual.end:.3f} | {gain:+.1%} |"
+            f"| {line['pair']} | {start:.3f} | {line['planning']:.0f} s | {told[0]} | {end:.3f} | {told[1]} | "
+            f"{usual:.3f} | {(usual - end) / (start - usual):+.1%} |"
         )
     return rows
 
