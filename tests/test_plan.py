@@ -161,6 +161,13 @@ def test_what_won_for_the_first_arm_of_a_kind_is_tried_for_the_others():
     assert order[10:] == [(c, 1), (c, 3)]
 
 
+def test_ours_race_at_other_rates_before_the_lesser_yardsticks_race_at_all():
+    a, b, c = "diagonal-64", "lora-8", "vera-256"
+    order = heated({a: 1, b: 0, c: 0}, a, b, c)
+    assert order[:5] == [(a, 0), (b, 0), (a, -1), (a, 1), (a, 2)]
+    assert order[5:] == [(c, 0), (b, -1), (b, 1), (c, -1), (c, 1)]
+
+
 def test_three_races_are_enough_where_the_measured_rate_is_right():
     order = heated({"lora-8": 0, "lora-1": 0}, "lora-8", "lora-1")
     assert sorted(order) == [(name, at) for name in ("lora-1", "lora-8") for at in (-1, 0, 1)]

@@ -196,18 +196,18 @@ def races(
 
 
 def heats(arms: Sequence[Candidate], tried: dict[str, dict[int, Trial]]) -> Iterator[tuple[Candidate, int]]:
-    """What races next, and at which power of three times its measured rate, while `tried` fills: every arm at that
-    rate; ours before the peers, the first arm of each kind at rates beside its best, then the others at the one that
-    won for their kind; at last those, too, beside their best."""
+    """What races next, and at which power of three times its measured rate, while `tried` fills: ours and the first
+    peers at that rate; the first arm of each kind at rates beside its best, then the others at the one that won for
+    their kind; all that again for the other peers; at last everyone beside their best."""
     first = {(arm.method, arm.basis): arm for arm in reversed(arms)}
 
     def climb(arm: Candidate) -> Iterator[tuple[Candidate, int]]:
         while (at := further(ends(tried[arm.name]))) is not None:
             yield arm, at
 
-    yield from ((arm, 0) for arm in arms)
     ours = [arm for arm in arms if arm.arm.kind == "form"]
     for some in (ours, [arm for arm in arms if arm not in ours]):
+        yield from ((arm, 0) for arm in arms if arm.name not in tried and (arm in some or arm.name in FIRST))
         for arm in some:
             if arm in first.values():
                 yield from climb(arm)
