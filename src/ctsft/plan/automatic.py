@@ -48,7 +48,7 @@ def automatic(recipe: Recipe, console: Console, form: bool, always: bool) -> Cho
     found = gathered(recipe, console)
     seconds = recipe.steps * recipe.batch_size * BACK * seconds_a_row(found)
     if not always and seconds < WORTH:
-        recipe = make_recipe(recipe.values() | {"k": usual(recipe, found.loaded.model)})
+        recipe = make_recipe(recipe.values() | {"k": unplanned(recipe, found.loaded.model)})
         why = f"K is {recipe.k}: training takes about {duration(seconds)}, too little to plan for (--k auto does)"
         return Chosen(recipe, found=found, why=why)
     where = "" if recipe.basis == "random" else f"@{recipe.basis_file or recipe.basis}"
@@ -62,7 +62,7 @@ def automatic(recipe: Recipe, console: Console, form: bool, always: bool) -> Cho
     return Chosen(make_recipe(recipe.values() | values), plan, found)
 
 
-def usual(recipe: Recipe, model: Any) -> int:
+def unplanned(recipe: Recipe, model: Any) -> int:
     """The K of a recipe without a plan: 64, or all directions that there are if they are fewer."""
     arm = Candidate(recipe.form, min(USUAL, narrowest(model)), recipe.basis, recipe.basis_file)
     return within(arm).k
