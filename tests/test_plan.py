@@ -73,6 +73,12 @@ def test_the_start_is_scored_on_all_rows_where_races_are_on_few(files):
     assert plan.start - option.race == pytest.approx(drop)
 
 
+def test_a_training_far_beyond_what_was_seen_is_said_to_be(files, made):
+    far = answered(question(files, steps=12 * 41, arms=["diagonal-4"], spend=1e-3), quiet())
+    assert "41 times as long as a race. No training beyond 40 times was seen" in far.measured[-1]
+    assert "times as long as a race" not in " ".join(made.measured)
+
+
 def test_a_plan_survives_its_file(made):
     assert Plan.model_validate_json(made.model_dump_json()) == made
 

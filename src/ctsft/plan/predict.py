@@ -18,6 +18,8 @@ SIZE = 0.14  # log of the drop for every log of the numbers that train: for an a
 PAIR, ARM, RELATIVE, UNRACED = 0.27, 0.25, 0.15, 0.3
 
 HARDLY = 0.005  # of the untouched loss: a drop that is no more tells nothing, nor is half an interval less
+FAR = 40  # times the race's steps: the longest training that was seen; drops are not taken to grow beyond it
+LOW = 0.1  # of the untouched loss: below it the law runs out, and losses are squeezed towards 0 in their order
 LEAST = 1e-3  # nats per token: a drop that is smaller, or a rise, counts as this
 
 
@@ -31,8 +33,9 @@ class Prediction:
 
 
 def growth(race_steps: int, steps: int, race_rows: int, rows: int, trained: int) -> float:
-    """log(drop after `steps` steps of `rows` rows / drop after a race of `race_steps` steps of `race_rows`)."""
-    longer = math.log(steps / race_steps)
+    """log(drop after `steps` steps of `rows` rows / drop after a race of `race_steps` steps of `race_rows`), as if they
+    were at most `FAR` times as many steps."""
+    longer = math.log(min(steps / race_steps, FAR))
     return longer * (GROWTH + BY_SIZE * (math.log10(trained) - 3)) + BY_ROWS * math.log(rows / race_rows)
 
 
@@ -43,9 +46,14 @@ def predicted(start: float, drop: float, log_growth: float, longer: float, raced
     """
     middle = math.log(max(drop, LEAST)) + log_growth
     half = math.hypot(ARM, PAIR * math.log(longer), 0.0 if raced else UNRACED)
-    loss, best, worst = (start - math.exp(middle + x) for x in (0.0, half, -half))
+    loss, best, worst = (squeezed(start - math.exp(middle + x), LOW * start) for x in (0.0, half, -half))
     least = HARDLY * start
-    return Prediction(max(loss, 0.0), max(min(best, loss - least), 0.0), max(worst, loss + least, least))
+    return Prediction(loss, max(min(best, loss - least), 0.0), max(worst, loss + least))
+
+
+def squeezed(loss: float, least: float) -> float:
+    """`loss` down to `least`, and from there on, smoothly and in order, what goes to 0 and never below."""
+    return loss if loss >= least else least * math.exp((loss - least) / least)
 
 
 def by_size(raced: int, trained: int) -> float:

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import read_json
 from ctsft.plan.choose import Decision, Option
+from ctsft.plan.predict import FAR
 from ctsft.tune.record import Machine, Part
 
 FORMAT = 1
@@ -61,6 +62,12 @@ class Plan(Part):
             "The loss after the planned steps, and its 90% interval, follow from how far such races went on in whole "
             "trainings of other models and texts.",
         ]
+        longer = max(o.steps for o in self.options) / self.race.steps
+        if longer > FAR:
+            told.append(
+                f"The training is {longer:,.0f} times as long as a race. No training beyond {FAR} times was seen, so "
+                "losses are predicted as if it ended there, and the intervals are wider."
+            )
         if rest:
             told.append(
                 f"There was no time for {', '.join(rest)}: predicted from the arms that ran and the count of numbers."
