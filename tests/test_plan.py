@@ -41,7 +41,7 @@ def test_every_size_and_every_peer_is_weighed_the_smallest_first(made):
 
 
 def test_predictions_follow_from_the_races(made):
-    assert made.race.steps == 12 and made.race.rows == 4
+    assert made.race.steps == 12 and made.race.rows == 4 and made.race.heldout == made.heldout == 10
     for o in made.options:
         told = predicted(made.start, made.start - o.race, growth(12, 24, 4, 4, o.trained), 2.0)
         assert (o.loss, o.low, o.high) == (told.loss, told.low, told.high)
@@ -104,7 +104,7 @@ def test_what_has_no_time_to_run_is_predicted_from_what_ran(files, monkeypatch):
     monkeypatch.setattr(plans.time, "monotonic", lambda: float(next(now)))
     found = answered(question(files, arms=["diagonal-4", "diagonal-8", "diagonal-2"], spend=0.5), quiet())
     ran = [o.candidate for o in found.options if o.raced]
-    assert ran == ["diagonal-4", "diagonal-8"] and found.race.rows == 2 and found.race.heldout == 16
+    assert ran == ["diagonal-4", "diagonal-8"] and found.race.rows == 2 and found.race.heldout == 10
     rest = next(o for o in found.options if not o.raced)
     assert rest.rate is None and rest.race is None and rest.trained == 2 * rest.trained // 2
     assert rest.high - rest.low > found.options[1].high - found.options[1].low

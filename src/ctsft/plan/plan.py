@@ -74,6 +74,7 @@ def answered(question: Question, console: Console | None = None, found: Material
     steps, size = question.allowed().length(question.steps, BACK * second * question.batch_size), question.batch_size
     spend = question.spend or planning(steps * size * BACK * second)
     race = level(len(arms), second, spend, steps, size)
+    race.heldout = min(race.heldout, len(scored))
     bench = Bench(
         found.loaded.model, found.loaded.tokenizer.pad_token_id, found.train, scored[: race.heldout], race.rows
     )
