@@ -60,8 +60,9 @@ def beside_markdown(found: list[Beside]) -> str:
         "## The papers' figures at their own settings",
         "",
         "By `ctsft lab run --protocol paper`: one run each, lr 5e-3, one fixed batch. "
-        f"{there} of the {len(found)} figures in the papers' tables have a run of ours; a dash: it is not run, or no "
-        "arm of ours has that setting. The model, text and batch size are not theirs, so losses need not agree.",
+        f"{there} of the {len(found)} figures in the papers' tables have a run of ours; a dash: it is not run, no "
+        "arm of ours has that setting, or it is a share of a drop and nothing dropped (full fine-tuning of TinyLlama "
+        "explodes at this rate). The model, text and batch size are not theirs, so losses need not agree.",
         "",
         "| " + " | ".join(HEADS) + " |",
         "|" + "---|" * len(HEADS),
