@@ -21,7 +21,7 @@ def as_chosen(name: str, default: Any = dataclasses.MISSING, unsaid: str | None 
     """The adapter's option `name` with its description, here with limits of its type, or another `default`; `unsaid`:
     what the command does, in words, where it is not given."""
     default = ADAPTER[name].default if default is dataclasses.MISSING else default
-    return dataclasses.field(default=default, metadata={**ADAPTER[name].metadata, "unsaid": unsaid})
+    return dataclasses.field(default=default, metadata=ADAPTER[name].metadata | ({"unsaid": unsaid} if unsaid else {}))
 
 
 def option(group: str, default: Any, told: str) -> Any:
