@@ -8,20 +8,16 @@ rule, for as many steps as fit into the seconds of both. Seconds are the process
 there is kept.
 """
 
-import json
 import os
 import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from check_plans import RECORDS, add, clock_of_the_processor, lines
 from rich.console import Console
 
-RECORDS = Path(__file__).parents[1] / "records" / "plans" / "auto.jsonl"
+FILE = RECORDS / "auto.jsonl"
 SECONDS = 300.0  # the shortest training that is planned
 SEED = 1  # of the training; plans race on seed 0
-USUAL = "diagonal-64"
 PAIRS: dict[str, dict[str, Any]] = {
     "stories15m-melville": {"model": "stories15m", "data": "texts/authors-melville.txt", "max_length": 128},
     "photonic-sql": {"model": "photonic", "data": "sql"},
@@ -35,7 +31,8 @@ def checked(pair: str, asked: dict[str, Any]) -> dict[str, Any]:
     """The plan and both trainings of a pair, as a line of the records."""
     from ctsft.plan.arms import candidate
     from ctsft.plan.automatic import automatic
-    from ctsft.plan.plan import BACK, seconds_a_row
+    from ctsft.plan.choose import USUAL
+    from ctsft.plan.plan import BACK, narrowest, seconds_a_row
     from ctsft.plan.trial import Bench
     from ctsft.tune.material import gathered
     from ctsft.tune.recipe import make_recipe
@@ -49,7 +46,7 @@ def checked(pair: str, asked: dict[str, Any]) -> dict[str, Any]:
     arm = candidate(f"{chosen.recipe.form}-{chosen.recipe.k}")
     pad = chosen.found.loaded.tokenizer.pad_token_id
     bench = Bench(chosen.found.loaded.model, pad, chosen.found.train, chosen.found.heldout, recipe.batch_size)
-    usual = candidate(USUAL) if "260k" not in pair else candidate("diagonal-32")  # all that it has
+    usual = candidate(f"diagonal-{min(USUAL, narrowest(bench.model))}")
     found = bench.trial(arm, SEED, steps, lr)
     pace = bench.trial(usual, SEED, 12, looks=()).seconds / 12
     other = bench.trial(usual, SEED, round((chosen.plan.seconds + found.seconds) / pace))
@@ -69,21 +66,14 @@ def short(trial: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in trial.items() if name not in ("train", "clock")} | {"seconds": seconds}
 
 
-def lines() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
-
-
 def main() -> None:
-    from ctsft.plan import plan, trial
-
-    plan.time = trial.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.process_time)
+    clock_of_the_processor()
     if "CTSFT_MODELS" in os.environ:
         os.chdir(os.environ["CTSFT_MODELS"])
     for pair in sys.argv[1:] or PAIRS:
-        if pair not in {line["pair"] for line in lines()}:
+        if pair not in {line["pair"] for line in lines(FILE)}:
             line = checked(pair, PAIRS[pair])
-            with RECORDS.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            add(FILE, line)
             print(pair, line["auto"]["candidate"], line["auto"]["heldout"], line["usual"]["heldout"], flush=True)
 
 

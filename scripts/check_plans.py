@@ -231,10 +231,10 @@ def fit() -> None:
 
 def plans(names: Iterable[str]) -> None:
     """The plan of every pair, before its sweep; of EARLIER pairs once more."""
-    from ctsft.plan import plan, trial
+    from ctsft.plan import plan
     from ctsft.plan.question import make_question
 
-    plan.time = trial.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.process_time)
+    clock_of_the_processor()
     for pair in names:
         path = RECORDS / pair / ("remade.json" if pair in EARLIER else "plan.json")
         if path.exists():
@@ -313,6 +313,13 @@ def due(name: str, have: list[Trial], pair: str) -> Iterator[tuple[int, float | 
     judged = {t.seed for t in have if t.seed != TUNING and math.isclose(t.rate, best)}
     seeds = SEEDS if pair in TWICE else SEEDS[:1]
     yield from ((seed, best) for seed in seeds if seed not in judged)
+
+
+def clock_of_the_processor() -> None:
+    """Plans and trials count its seconds from here on."""
+    from ctsft.plan import plan, trial
+
+    plan.time = trial.time = SimpleNamespace(monotonic=time.process_time, perf_counter=time.process_time)
 
 
 # ---- lines

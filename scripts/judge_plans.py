@@ -37,9 +37,9 @@ def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
         "ends": ends,
         "options": options,
         "best": best,
-        "regret": (ours[plan.decision.candidate] - ours[best]) / drop,
-        "usual": (ours[near_64(ours)] - ours[best]) / drop,
-        "most": (ours[max(ours, key=lambda name: options[name].trained)] - ours[best]) / drop,
+        "regret": regret(ours, start, plan.decision.candidate),
+        "usual": regret(ours, start, near_64(ours)),
+        "most": regret(ours, start, max(ours, key=lambda name: options[name].trained)),
         "smallest": min((n for n in ours if ours[n] <= ours[best] + FLAT * drop), key=lambda n: options[n].trained),
         "octaves": math.log2(k_of(lone) / k_of(smallest(ours, start))),
         "inside": [o.low <= ends[name] <= o.high for name, o in options.items()],
@@ -47,6 +47,12 @@ def judged(pair: str, file: str = "plan.json") -> dict[str, Any]:
         "rank": float(spearmanr([o.loss for o in options.values()], [ends[name] for name in options]).statistic),
         "sweep": sum(t.seconds for t in trials),
     }
+
+
+def regret(ends: dict[str, float], start: float, name: str) -> float:
+    """The part of the drop of the best arm of `ends` that the arm called `name` gives away."""
+    best = min(ends.values())
+    return (ends[name] - best) / (start - best)
 
 
 def near_64(ours: Iterable[str]) -> str:
@@ -135,8 +141,7 @@ def under(pair: str, budget: Budget) -> tuple[float, ...] | None:
     plan = found["plan"]
     said = decide(plan.start, options, budget, plan.rows, plan.heldout).candidate
     most = max((o for o in ours if o.fits), key=lambda o: o.trained).candidate
-    best = min(fitting.values())
-    return tuple((fitting[name] - best) / (found["start"] - best) for name in (said, most, near_64(fitting)))
+    return tuple(regret(fitting, found["start"], name) for name in (said, most, near_64(fitting)))
 
 
 def automatic(names: Iterable[str]) -> list[str]:
@@ -212,6 +217,20 @@ def sums(names: Iterable[str]) -> str:
     )
 
 
+def spans(names: Iterable[str]) -> list[str]:
+    """Least and most over the pairs: seconds a step, over those of K = 64, and the power of the steps."""
+    found: dict[str, list[float]] = {"gains": [], "diagonal-256": [], "power": []}
+    for pair in names:
+        options = judged(pair, "remade.json" if pair in EARLIER else "plan.json")["options"]
+        usual = options[near_64(n for n in options if n.startswith("diagonal"))]
+        for name, o in options.items():
+            kind = "gains" if name.startswith("gains") else name
+            if kind in found:
+                found[kind].append(o.seconds / o.steps / (usual.seconds / usual.steps))
+        found["power"].append(shown(pair)[-1])
+    return [f"{kind}: {min(values):.2f} to {max(values):.2f}" for kind, values in found.items()]
+
+
 def parts() -> list[list[str]]:
     """The rows of the page's tables."""
     done = [pair for pair in PAIRS if complete(pair)]
@@ -220,7 +239,9 @@ def parts() -> list[list[str]]:
 
 
 def main() -> None:
-    print(*("\n".join(part) for part in parts()), sums(EARLIER), sums(set(PAIRS) - set(EARLIER)), sep="\n\n")
+    told = [pair for pair in PAIRS if complete(pair) and judged(pair)["plan"].decision.verdict == "recommended"]
+    new = [pair for pair in told if pair not in EARLIER]
+    print(*("\n".join(part) for part in parts()), sums(EARLIER), sums(new), sums(told), *spans(told), sep="\n\n")
 
 
 if __name__ == "__main__":

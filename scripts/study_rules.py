@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 from check_plans import PAIRS, RECORDS, add, bench_of, lines, model_of
-from judge_plans import complete, judged, k_of, smallest
+from judge_plans import complete, judged, k_of, regret, smallest
 from study_plans import WIDTHS
+
+from ctsft.plan.choose import FLAT
 
 FILE = RECORDS / "gradients.jsonl"
 ROWS = 8  # a batch, of four
@@ -78,7 +80,9 @@ def table() -> list[str]:
     for name, rule in RULES.items():
         taken = {pair: nearest(one, rule(pair, one, seen[pair])) for pair, one in found.items()}
         off = [math.log2(k_of(arm) / right(found[pair])) for pair, arm in taken.items()]
-        rows.append(row(name, [regret(found[pair], arm) for pair, arm in taken.items()], off))
+        rows.append(
+            row(name, [regret(ours(found[pair]), found[pair]["start"], arm) for pair, arm in taken.items()], off)
+        )
     rows.append(row("most numbers, gains or not", [one["most"] for one in found.values()]))
     rows.append(
         row("**the plan**", [one["regret"] for one in found.values()], [one["octaves"] for one in found.values()])
@@ -88,8 +92,13 @@ def table() -> list[str]:
 
 def row(name: str, lost: list[float], octaves: list[float] | None = None) -> str:
     k = "" if octaves is None else f"{sum(abs(x) <= 1 for x in octaves)} of {len(octaves)}"
-    few = sum(x <= 0.01 for x in lost)
+    few = sum(x <= FLAT for x in lost)
     return f"| {name} | {np.mean(lost):.1%} | {max(lost):.0%} | {few} of {len(lost)} | {k} |"
+
+
+def ours(found: dict[str, Any]) -> dict[str, float]:
+    """The ends of our arms by name."""
+    return {n: found["ends"][n] for n, o in found["options"].items() if o.ours}
 
 
 def diagonals(found: dict[str, Any]) -> dict[str, float]:
@@ -104,12 +113,6 @@ def nearest(found: dict[str, Any], k: float) -> str:
 
 def right(found: dict[str, Any]) -> int:
     return k_of(smallest(diagonals(found), found["start"]))
-
-
-def regret(found: dict[str, Any], arm: str) -> float:
-    """The part of the drop of the best arm of ours that `arm` gives away."""
-    best = found["ends"][found["best"]]
-    return float((found["ends"][arm] - best) / (found["start"] - best))
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def test_rules_of_thumb_take_the_nearest_k(judge):
     taken = [rules.nearest(found, k) for k in (1, 7, 8, 33, 10**6)]
     assert taken == ["diagonal-4", "diagonal-4", "diagonal-16", "diagonal-64", "diagonal-64"]
     assert rules.right(found) == 16  # within 1% of the drop of 64
-    assert rules.regret(found | {"best": "gains-64"}, "diagonal-16") == pytest.approx(1 / 3)
+    assert judge.regret(found["ends"], 5.0, "diagonal-16") == pytest.approx(1 / 3)
     assert [rules.by_rows(n) for n in (999, 1_000, 99_999, 100_000)] == [8, 16, 32, 64]
     assert rules.row("a", [0.0, 0.02], [1.0, -2.0]) == "| a | 1.0% | 2% | 1 of 2 | 1 of 2 |"
 

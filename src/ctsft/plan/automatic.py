@@ -3,15 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from ctsft.errors import CTError
 from ctsft.pages.words import duration
-from ctsft.plan.arms import Candidate, candidate
+from ctsft.plan.arms import candidate
 from ctsft.plan.choose import USUAL
-from ctsft.plan.plan import BACK, answered, narrowest, ours, seconds_a_row, within
+from ctsft.plan.plan import BACK, answered, directions, narrowest, own_arms, seconds_a_row
 from ctsft.plan.question import FIELDS, make_question
 from ctsft.plan.told import Plan
 from ctsft.tune.material import Material, gathered
@@ -43,8 +41,6 @@ def automatic(recipe: Recipe, console: Console, form: bool, always: bool) -> Cho
         raise CTError(f"--k auto tries adapters without {', '.join(other)}; leave that out, or give a number for --k.")
     if other:
         return Chosen(recipe, why=f"K is {recipe.k}: plans know nothing of {', '.join(other)}")
-    torch.set_num_threads(recipe.threads)
-    transformers_logging.set_verbosity_error()
     found = gathered(recipe, console)
     seconds = recipe.steps * recipe.batch_size * BACK * seconds_a_row(found)
     if not always and seconds < WORTH:
@@ -52,7 +48,7 @@ def automatic(recipe: Recipe, console: Console, form: bool, always: bool) -> Cho
         why = f"K is {recipe.k}: training takes about {duration(seconds)}, too little to plan for (--k auto does)"
         return Chosen(recipe, found=found, why=why)
     where = "" if recipe.basis == "random" else f"@{recipe.basis_file or recipe.basis}"
-    arms = [name + where for name in ((recipe.form,) if form else ours(found.loaded.model))]
+    arms = [name + where for name in ((recipe.form,) if form else own_arms(found.loaded.model))]
     asked = {n: v for n, v in recipe.values().items() if n in FIELDS and n != "basis"}
     plan = answered(make_question(asked | {"arms": arms}), console, found)
     option = plan.chosen
@@ -64,5 +60,4 @@ def automatic(recipe: Recipe, console: Console, form: bool, always: bool) -> Cho
 
 def unplanned(recipe: Recipe, model: Any) -> int:
     """The K of a recipe without a plan: 64, or all directions that there are if they are fewer."""
-    arm = Candidate(recipe.form, min(USUAL, narrowest(model)), recipe.basis, recipe.basis_file)
-    return within(arm).k
+    return min(USUAL, narrowest(model), directions(recipe.basis_file) if recipe.basis_file else USUAL)

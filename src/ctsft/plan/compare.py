@@ -2,16 +2,13 @@
 
 import platform
 import re
-import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from pydantic import ValidationError
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from ctsft.data.tokens import prompt_ids
 from ctsft.errors import CTError, wrong_fields
@@ -62,9 +59,6 @@ def contested(
     console = console or Console(stderr=True, markup=False)
     with locked(out, (CONTEST,)):
         check_folder(contest, out, resume, overwrite)
-        torch.set_num_threads(contest.threads)
-        transformers_logging.set_verbosity_error()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
         material = gathered(contest.recipe(), console)
         if resume:
             check_sources(material.sources, contest.model, contest.data, out, console.print)

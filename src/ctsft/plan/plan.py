@@ -3,16 +3,13 @@
 import platform
 import shlex
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learned import Learned
@@ -62,9 +59,6 @@ def answered(question: Question, console: Console | None = None, found: Material
     console = console or Console(stderr=True, markup=False)
     for name in [*(question.arms or ()), *([f"diagonal@{question.basis}"] if question.basis is not None else [])]:
         spelled(name, KS)  # what is none shows before anything is loaded
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
-    torch.set_num_threads(question.threads)
-    transformers_logging.set_verbosity_error()
     most = max(held for _, _, held in LEVELS)
     found = found or gathered(question.recipe(eval_rows=most), console)
     scored = found.heldout[:most]
@@ -120,10 +114,12 @@ def chosen_arms(model: Any, question: Question) -> list[Candidate]:
     ks = [k for k in KS if k <= most]
     if most < KS[-1] and most >= 1.4 * max(ks, default=1):
         ks.append(most)
-    names = [*(question.arms or (*ours(model), *PEERS))]
+    names = [*(question.arms or (*own_arms(model), *PEERS))]
     if question.basis is not None:
         names.append(f"diagonal@{question.basis}")
-    return [within(arm) for name in names for arm in spelled(name, ks)]
+    found = [arm for name in names for arm in spelled(name, ks)]
+    held = {place: directions(place) for place in {arm.basis_file for arm in found} if place}
+    return [replace(arm, k=min(arm.k, held[arm.basis_file])) if arm.basis_file else arm for arm in found]
 
 
 def narrowest(model: Any) -> int:
@@ -131,17 +127,15 @@ def narrowest(model: Any) -> int:
     return min(min(matrix(m).shape) for m in find_targets(model, CTConfig())[0].values())
 
 
-def ours(model: Any) -> tuple[str, str]:
+def own_arms(model: Any) -> tuple[str, str]:
     """The arms of ours that are weighed where none are asked for, as `spelled` reads them."""
     return "diagonal", f"gains-{min(GAINS, narrowest(model))}"
 
 
-def within(arm: Candidate) -> Candidate:
-    """`arm`, with no more directions than there are where they were learned."""
-    if arm.basis_file is None:
-        return arm
-    k = Learned.read(Path(arm.basis_file)).k
-    return replace(arm, k=min(arm.k, k if isinstance(k, int) else min(k.values())))
+def directions(place: str) -> int:
+    """How many every matrix has at least, of those that were learned in the folder `place`."""
+    k = Learned.read(place).k
+    return k if isinstance(k, int) else min(k.values())
 
 
 def spelled(name: str, ks: Sequence[int]) -> list[Candidate]:

@@ -1,7 +1,6 @@
 """Learning directions from siblings in a folder: from rows to one file, resumable at any moment."""
 
 import re
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learn import learn_basis, targets_of
@@ -27,6 +25,7 @@ from ctsft.spectral.basis import generator
 from ctsft.spectral.weights import fingerprint
 from ctsft.tune.folder import check_sources, hashed, is_foreign, locked, sweep, write_sealed
 from ctsft.tune.lesson import FIELDS, Lesson, read_lesson
+from ctsft.tune.material import settle
 from ctsft.tune.measure import Tokens, collate
 from ctsft.tune.record import Sources
 
@@ -113,9 +112,7 @@ def learn(
     out, console = Path(out), console or Console(stderr=True, markup=False)
     with locked(out, MARKS):
         check_folder(lesson, out, resume, overwrite)
-        torch.set_num_threads(lesson.threads)
-        transformers_logging.set_verbosity_error()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+        settle(lesson.threads)
 
         def tell(sentence: str) -> None:
             console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)

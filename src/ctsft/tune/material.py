@@ -1,10 +1,12 @@
 """What training is made from, before there is an adapter: the bare model and the rows in tokens."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import datasets
 import torch
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from ctsft.data.rows import Corpus, load_corpus
 from ctsft.data.tokens import Cut, fits, format_rows
@@ -39,8 +41,16 @@ class Material:
         return replace(self, recipe=recipe, sources=sources)
 
 
+def settle(threads: int) -> None:
+    """Give torch its threads, and keep what libraries tell each other from whoever waits."""
+    torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
+
+
 def gathered(recipe: Recipe, console: Console) -> Material:
     """The model and the rows of `recipe`. CTError for whatever cannot be had, or does not fit together."""
+    settle(recipe.threads)
     with waiting(console, f"loading {recipe.model}"):
         loaded = load_model(recipe.model, recipe.dtype)
         weights = fingerprint(loaded.model.named_parameters())

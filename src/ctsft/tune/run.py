@@ -2,7 +2,6 @@
 
 import platform
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ import datasets
 import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from ctsft.adapter.calibrate import calibrate
 from ctsft.adapter.config import CTConfig
@@ -193,9 +191,6 @@ def tune(
     console = console or Console(stderr=True, markup=False)
     with locked(out):
         check_folder(recipe, out, resume, overwrite)
-        torch.set_num_threads(recipe.threads)
-        transformers_logging.set_verbosity_error()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|trl")
         parts = prepared(recipe, console, found)
         if resume:
             check_sources(parts.sources, recipe.model, recipe.data, out, parts.tell)
