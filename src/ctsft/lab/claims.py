@@ -50,6 +50,7 @@ class Claim(Strict):
 
     id: str
     source: str = Field(description="the paper's number; derived: arithmetic on its figures; ours: our expectation")
+    family: str = Field(default="", description="claims that are corrected together; without it those of its source")
     text: str
     experiments: Annotated[tuple[str, ...], Field(min_length=1)]
     predicate: Literal[
@@ -179,7 +180,7 @@ def applicable(
     for claim in claims:
         reason = _particular(claim, experiments)
         one = claim if reason else _asked_of(claim, {"model": model} | ({"text": text} if text else {}))
-        question = one.model_dump_json(exclude={"id", "source", "text", "note"})
+        question = one.model_dump_json(exclude={"id", "source", "family", "text", "note"})
         if not reason and first.setdefault(question, claim.id) != claim.id:
             reason = f"of another model it asks the same as {first[question]}"
         if reason:
