@@ -36,6 +36,11 @@ def test_list_names_every_experiment(here):
         assert path.stem in said or path.stem in ("defaults", "claims", "summary"), path
 
 
+def test_an_experiment_that_the_profile_leaves_out_is_told(here, tmp_path):
+    said = lab("run", "arena-long", "--profile", "quick", "--records", tmp_path)
+    assert "arena-long has no arms for --profile quick --protocol honest" in said and not list(tmp_path.iterdir())
+
+
 def test_from_any_folder_the_papers_are_there_and_no_run_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "Amplitude-only SFT" in lab("list", "--profile", "quick")

@@ -411,9 +411,10 @@ def test_the_correction_counts_every_claim_and_control():
     one = claim("less", a={"k": 2}, b={"k": 4})
     alone = judge([one], lab, records)
     others = [claim("exact", a={"k": 2}, number=0, effect=99), claim("less", source="82", a={"k": 2}, b={"k": 4})]
-    many = judge([one, ARTEFACT, *others], lab, records)
-    assert (alone.tests, many.tests) == ({"81": 1}, {"81": 3, "82": 1})
-    assert many[-1].p == alone[0].p  # a family of its own
+    later = claim("less", id="81.late", family="81-late", a={"k": 2}, b={"k": 4})
+    many = judge([one, ARTEFACT, *others, later], lab, records)
+    assert (alone.tests, many.tests) == ({"81": 1}, {"81": 3, "82": 1, "81-late": 1})
+    assert many[-1].p == many[-2].p == alone[0].p  # families of their own
     assert many[0].p == pytest.approx(3 * alone[0].p)
     assert (alone[0].verdict, many[0].verdict) == ("confirmed", "inconclusive"), alone[0].p
 

@@ -147,7 +147,7 @@ def run_experiments(
     With --second open claims get the seeds of their second look (docs/laboratory.md), at the rates that are known.
     With --model or --data the experiments run on your own, and the claims that can be asked of it are judged.
     """
-    from ctsft.lab.experiments import arms, left_out
+    from ctsft.lab.experiments import arms
 
     for variable, folder in (("CTSFT_MODELS", models), ("CTSFT_TEXTS", texts)):
         if folder is not None:
@@ -160,9 +160,7 @@ def run_experiments(
         if second
         else [arm for name in chosen for arm in arms(laboratory, name, profile, protocol)]
     )
-    for name in chosen:
-        for why, count in left_out(laboratory, name, profile, protocol).items():
-            say(f"left out of {name}: {count} arms ({why})", "yellow")
+    tell_left_out(laboratory, chosen, profile, protocol, empty=bool(names) and not second)
     report = swept(every, known, engine, workers, address)
     for name in chosen:
         show_tables(laboratory, name, known, profile, protocol)
@@ -178,6 +176,18 @@ def run_experiments(
         for key, sentence in report.failed.items():
             say(f"failed: {key}: {sentence}", "red")
         raise CTError(f"{len(report.failed)} of the runs failed; the others are kept.")
+
+
+def tell_left_out(laboratory: Any, chosen: list[str], profile: str, protocol: str, empty: bool) -> None:
+    """Say which arms the user's own model cannot have, and why; `empty`: also which experiments have no arms here."""
+    from ctsft.lab.experiments import arms, left_out
+
+    for name in chosen:
+        refused = left_out(laboratory, name, profile, protocol)
+        for why, count in refused.items():
+            say(f"left out of {name}: {count} arms ({why})", "yellow")
+        if empty and not refused and not list(arms(laboratory, name, profile, protocol)):
+            say(f"{name} has no arms for --profile {profile} --protocol {protocol}", "yellow")
 
 
 def due_again(verdicts: Any, chosen: list[str], known: Any, size: Any) -> list[Any]:

@@ -50,7 +50,9 @@ class Claim(Strict):
 
     id: str
     source: str = Field(description="the paper's number; derived: arithmetic on its figures; ours: our expectation")
-    family: str = Field(default="", description="claims that are corrected together; without it those of its source")
+    family: str = Field(
+        default_factory=lambda given: given.get("source", ""), description="claims that are corrected together"
+    )
     text: str
     experiments: Annotated[tuple[str, ...], Field(min_length=1)]
     predicate: Literal[

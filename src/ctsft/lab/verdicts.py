@@ -101,14 +101,14 @@ def judge(
         made = [_judged(one, {n: pools[n, one.protocol, look] for n in one.experiments}) for look in range(looks)]
         judged.append([made[0], *(later for later in made[1:] if not made[0].done and not later.done)])
     tests = [i for i, one in enumerate(every) if one.predicate != "exact"]
-    families = [every[i].family or every[i].source for i in tests]
+    families = [every[i].family for i in tests]
     p_holds = [over_looks([look.holds for look in judged[i]], looks) for i in tests]
     p_fails = [over_looks([look.fails for look in judged[i]], looks) for i in tests]
     holds = dict(zip(tests, corrected(families, p_holds), strict=True))
     fails = dict(zip(tests, corrected(families, p_fails), strict=True))
     counts = Counter(families)
     single = [
-        _single(one, holds.get(i, 1.0), fails.get(i, 1.0), LEVEL / looks / max(1, counts[every[i].family or every[i].source]))
+        _single(one, holds.get(i, 1.0), fails.get(i, 1.0), LEVEL / looks / max(1, counts[every[i].family]))
         for i, one in enumerate(judged)
     ]
     out, left = [], iter(single)
