@@ -152,6 +152,15 @@ def test_the_folder_will_do_and_a_copy_beside_the_adapter_is_found(path, tmp_pat
         load(tmp_path / "a")
 
 
+def test_the_file_beside_an_adapter_stays_when_it_is_saved_again(path, tmp_path):
+    model = randomise(learned(path), scale=0.1)
+    save_adapter(model, tmp_path / "a")
+    path.rename(tmp_path / "a" / "basis.safetensors")
+    again = randomise(load(tmp_path / "a"), scale=0.2)
+    save_adapter(again, tmp_path / "a")
+    assert_same_bits(logits(load(tmp_path / "a")), logits(again))
+
+
 def test_another_mean_is_another_file(path, tmp_path):
     save_adapter(learned(path), tmp_path / "a")
     tensors = load_file(path)

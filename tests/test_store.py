@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -445,6 +446,47 @@ def test_a_folder_is_replaced_whole(tmp_path):
     assert settings(tmp_path / "a")["k"] == 2
     assert set(content(tmp_path / "a")) == {FILE, "adapter_config.json", "README.md"}
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_saving_would_delete_or_cannot_replace_is_refused(tmp_path, monkeypatch):
+    model = adapt(tiny())
+    save_adapter(model, tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "a")
+        with pytest.raises(CTError, match=r"a is the folder that this process works in, and saving replaces it; give"):
+            save_adapter(model, ".")
+    (tmp_path / "a" / "checkpoint-5").mkdir()
+    (tmp_path / "a" / "checkpoint-5" / "state").write_text("x")
+    with pytest.raises(CTError, match=r"a holds the folder checkpoint-5, which saving would delete; choose another"):
+        save_adapter(model, tmp_path / "a")
+    assert (tmp_path / "a" / "checkpoint-5" / "state").exists() and [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("error", (KeyboardInterrupt, OSError("gone")))
+def test_an_error_between_the_renames_leaves_the_old_folder(error, tmp_path, monkeypatch):
+    model = randomise(adapt(tiny()))
+    save_adapter(model, tmp_path / "a")
+    before, rename = content(tmp_path / "a"), Path.rename
+
+    def stop(path, target):
+        if path.name == "new":
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        save_adapter(randomise(model, seed=9), tmp_path / "a")
+    assert content(tmp_path / "a") == before and [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_stays_and_what_it_means_is_replaced(tmp_path):
+    model = randomise(adapt(tiny()))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        save_adapter(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and FILE in content(tmp_path / "real")
+    assert {f.name for f in tmp_path.iterdir()} == {"link", "real"}
 
 
 def test_replacing_puts_the_new_folder_in_place_by_renames(tmp_path):

@@ -20,6 +20,7 @@ from ctsft.adapter.config import CTConfig
 from ctsft.adapter.forms import FORMS
 from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.seal import CHECKSUM, COEFFICIENTS, hash_tensors
+from ctsft.choices import LEARNED
 from ctsft.compat import FSDP
 from ctsft.errors import CTError
 from ctsft.spectral.basis import checksum
@@ -156,21 +157,30 @@ def note_other_ends(config: CTConfig, now: Mapping[str, str] | None) -> None:
 def save_adapter(model: Any, folder: str | Path, adapter_name: str = "default") -> int:
     """Save an adapter of a PeftModel, never half-written (see `replace_folder`); returns bytes written.
 
-    Raises CTError when `folder` exists and is no adapter, or its numbers are not finite.
+    Of an adapter that lies in `folder` only its basis_file stays. Raises CTError when `folder` exists and is no
+    adapter, has folders in it or is the working folder, or the numbers are not finite.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # what a link means is replaced, not the link
+    config = model.peft_config[adapter_name]
     if (
         folder.exists()
         and not (folder / "adapter_config.json").exists()
         and (folder.is_file() or any(folder.iterdir()))
     ):
         raise CTError(f"{folder} exists and is no adapter; choose another place.")
+    if folder == Path.cwd():
+        raise CTError(f"{folder} is the folder that this process works in, and saving replaces it; give another.")
+    if inside := sorted(f.name for f in folder.glob("*") if f.is_dir()):
+        raise CTError(f"{folder} holds the folder {inside[0]}, which saving would delete; choose another place.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as work:
         new = Path(work) / "new"
         model.save_pretrained(new, selected_adapters=[adapter_name], save_embedding_layers=False)
         written = new / adapter_name if adapter_name != "default" else new
-        (written / "README.md").write_text(card(model.peft_config[adapter_name]), encoding="utf-8")
+        (written / "README.md").write_text(card(config), encoding="utf-8")
+        for name in {LEARNED, Path(config.basis_file).name} if config.basis_file else ():  # as the card says
+            if (folder / name).is_file() and not (written / name).exists():
+                shutil.copy2(folder / name, written)
         replace_folder(written, folder)
     return sum(f.stat().st_size for f in folder.iterdir() if f.name.startswith("adapter_"))
 
@@ -209,7 +219,7 @@ def whence(config: CTConfig) -> str:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Put `new` in the place of `folder`, on the same disk, by renames.
+    """Put `new` in the place of `folder`, on the same disk, by renames; after an error `folder` is the old one.
 
     Between the two renames an old `folder` has a hidden name beside it, where a kill in that instant leaves it.
     """
@@ -219,8 +229,12 @@ def replace_folder(new: Path, folder: Path) -> None:
                 os.fsync(handle.fileno())
     if folder.exists():
         old = new.parent / "old" if new.parent != folder.parent else folder.with_name(f".{folder.name}-old")
-        folder.rename(old)
-        new.rename(folder)
+        try:
+            folder.rename(old)
+            new.rename(folder)
+        finally:
+            if not folder.exists():
+                old.rename(folder)
         shutil.rmtree(old)
     else:
         new.rename(folder)
