@@ -1,5 +1,6 @@
 """An export is the same function: as a LoRA in a peft that knows nothing of ctsft, or merged into a model."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -172,6 +173,24 @@ def test_the_adapter_that_was_named_is_exported(tmp_path):
     model.set_adapter("default")
     export_adapter(model, tmp_path / "merged", "merged", "two")
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()), expected, 1e-5)
+
+
+def test_a_merged_export_holds_nothing_of_other_adapters(tmp_path):
+    whole = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = randomise(adapt(tiny(tie_word_embeddings=False), **whole))
+    for name, options in (("two", whole), ("bare", {"target_modules": ["v_proj"]})):
+        model.add_adapter(name, CTConfig(k=3, **options))
+        randomise(model, name)
+    for factor, name in enumerate(("default", "two"), 2):
+        model.base_model.model.lm_head.modules_to_save[name].weight.data *= factor
+    for name in ("two", "bare"):
+        asked = copy.deepcopy(model)
+        asked.set_adapter(name)
+        expected = logits(asked)
+        asked.set_adapter("default")
+        asked.merge_adapter(["default"])
+        export_adapter(asked, tmp_path / name, "merged", name)
+        assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()), expected, 1e-5)
 
 
 @pytest.mark.parametrize("target", ("linear", "tied"))

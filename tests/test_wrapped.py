@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from ctsft import CTConfig, CTError, resize, save_adapter
+from ctsft import CTConfig, CTError, export_adapter, resize, save_adapter
 from helpers import adapt, assert_same_bits, coefficients, logits, owners, randomise, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -83,6 +84,19 @@ def test_k_of_an_adapter_on_a_compiled_base_changes(tmp_path):
     resize(compiled, 6)
     save_adapter(randomise(compiled), tmp_path / "a")
     assert all(c.numel() == 6 for c in coefficients(PeftModel.from_pretrained(tiny(), tmp_path / "a")).values())
+
+
+@pytest.mark.parametrize("compiled", ["base", "block", "all"])
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_an_export_of_a_compiled_model_has_the_names_of_a_plain_one(compiled, to, tmp_path):
+    base = {"base": lambda: torch.compile(tiny(), backend="eager"), "block": with_a_compiled_block, "all": tiny}
+    model = randomise(adapt(base[compiled]()))
+    export_adapter(torch.compile(model, backend="eager") if compiled == "all" else model, tmp_path / to, to)
+    export_adapter(randomise(adapt(tiny())), tmp_path / "plain", to)
+    ours, plain = (load_file(next((tmp_path / name).glob("*model.safetensors"))) for name in (to, "plain"))
+    assert ours.keys() == plain.keys()
+    for name, t in plain.items():
+        assert_same_bits(ours[name], t)
 
 
 @pytest.fixture

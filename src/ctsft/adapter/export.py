@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ctsft.adapter.layer import CTEmbedding, CTLayer
 from ctsft.adapter.store import replace_folder
+from ctsft.compat import unwrapped
 from ctsft.errors import CTError
 from ctsft.spectral.weights import clean_name
 
@@ -39,7 +40,11 @@ def export_adapter(
     folder = Path(folder)
     if folder.exists():
         raise CTError(f"{folder} exists; choose another place or remove it.")
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, CTLayer) and adapter_name in m.ctsft_coefficients}
+    layers = {
+        clean_name(n): m
+        for n, m in model.named_modules()
+        if isinstance(m, CTLayer) and adapter_name in m.ctsft_coefficients
+    }
     if not layers:
         raise CTError(f"the model has no CT-SFT adapter {adapter_name!r} to export.")
     if to == "lora" and any(m.replaces(adapter_name) for m in layers.values()):
@@ -55,7 +60,10 @@ def export_adapter(
             notes = write_lora(model, layers, new, adapter_name)
         else:
             notes = []
-            model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name]).save_pretrained(new)
+            model.unmerge_adapter()  # of others too
+            model.set_adapter(adapter_name)  # its modules_to_save
+            merged: Any = model.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
+            merged.save_pretrained(new, state_dict={unwrapped(n): t for n, t in merged.state_dict().items()})
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         replace_folder(new, folder)
@@ -67,6 +75,7 @@ def write_lora(model: PeftModel, layers: dict[str, CTLayer], folder: Path, adapt
     r = max(m.ready(adapter_name).k for m in layers.values())
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
+        name = f"base_model.model.{name}"
         left, right = (f.detach().cpu() for f in layer.factors(adapter_name))
         b, a = left.new_zeros(left.shape[0], r), right.new_zeros(r, right.shape[1])
         b[:, : left.shape[1]], a[: right.shape[0]] = left, right
@@ -81,7 +90,7 @@ def write_lora(model: PeftModel, layers: dict[str, CTLayer], folder: Path, adapt
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=short_names(model, [clean_name(n) for n in layers]),
+        target_modules=short_names(model, list(layers)),
         fan_in_fan_out=any(isinstance(m.get_base_layer(), Conv1D) for m in layers.values()),
         modules_to_save=old.modules_to_save,
         task_type=old.task_type or TaskType.CAUSAL_LM,
