@@ -8,6 +8,7 @@ from peft import PeftModel, get_peft_model
 
 from ctsft import CTConfig, CTError, resize, save_adapter
 from ctsft.adapter.resize import fitted
+from ctsft.spectral.decompose import leading_triples
 from helpers import (
     BASES,
     EVEN,
@@ -157,6 +158,24 @@ def test_k_cannot_change_on_base_weights_that_the_basis_was_not_made_from(tmp_pa
     with pytest.raises(CTError, match="base weights are not those that the basis was made from"):
         resize(model, 2)
     assert_same_bits(logits(model), before)
+
+
+@pytest.mark.parametrize("k", [2, 6])
+def test_k_cannot_change_where_a_stored_basis_has_other_directions_than_come_out_here(k, tmp_path, monkeypatch):
+    def turned(w, k):
+        triples = leading_triples(w, k)
+        order = [1, 0, *range(2, k)]
+        return triples[0][:, order], triples[1][order], triples[2][order]
+
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr("ctsft.spectral.basis.leading_triples", turned)
+        save_adapter(randomise(adapt(tiny(), k=4, store_basis=True)), tmp_path / "a")
+    model = PeftModel.from_pretrained(tiny(), tmp_path / "a").eval()
+    before = logits(model)
+    with pytest.raises(CTError, match=r"directions of model\.layers\.0\..* come out otherwise here than .*; change it"):
+        resize(model, k)
+    assert_same_bits(logits(model), before)
+    assert model.peft_config["default"].k == 4
 
 
 def test_a_refused_change_of_k_changes_nothing():

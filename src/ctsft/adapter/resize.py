@@ -1,6 +1,7 @@
 """K of an adapter changed in place, also while it trains."""
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,11 @@ from ctsft.adapter.layer import CTLayer
 from ctsft.adapter.store import base_fingerprint, layers_of
 from ctsft.compat import uncompiled
 from ctsft.errors import CTError
+from ctsft.spectral.basis import Basis, checksum
 from ctsft.spectral.kinds import kind_of
 from ctsft.spectral.weights import checked, clean_name
+
+TURNED = 1e-3  # of a checksum's order sqrt(K): as for bfloat16 on another machine (see `read.TOLERANCE`)
 
 
 def resize(
@@ -26,7 +30,7 @@ def resize(
     The parameters stay the same objects; a loss from before must not be kept with its graph (detach it), for autograd
     remembers the shapes in there. With `optimizer`, their state is reset, or with `carry` kept for shared
     directions and zero for new ones (papers 81 and 82 reset). Raises CTError, with nothing changed, for a K that a
-    matrix or a calibrated basis does not allow.
+    matrix or a calibrated basis does not allow, and where the directions come out otherwise here than they were.
     """
     layers = layers_of(model, adapter_name, " to resize")
     if any(isinstance(m, CTLayer) and m.merged for m in model.modules()):
@@ -47,6 +51,8 @@ def resize(
     for name, w in weights.items():
         check_k(new, name, w, ks[name])
     bases = make_bases(bare, new, weights, ks, now, but=adapter_name)
+    for layer in layers.values() if old.stored_basis else ():  # which may have been made elsewhere
+        check_alike(names[id(layer)], layer.ready(adapter_name), bases[names[id(layer)]])
 
     old.k = k
     state = {} if optimizer is None else optimizer.state
@@ -63,6 +69,18 @@ def resize(
             moments = state.pop(parameter)
             if carry:
                 state[parameter] = {n: fitted(v, shape) if v.ndim else v for n, v in moments.items()}
+
+
+def check_alike(name: str, old: Basis, new: Basis | None) -> None:
+    """CTError unless the first directions of `new` are those of `old`, up to rounding: numbers stay on theirs."""
+    assert new is not None
+    k = min(old.k, new.k)
+    was, now = (checksum(basis.view(k), name) for basis in (old, new))
+    if abs(was - now) > TURNED * math.sqrt(k):
+        raise CTError(
+            f"the directions of {name} come out otherwise here than they are in the adapter (rounding on another "
+            "machine turned near-equal ones), so K cannot be changed; change it where the adapter was made."
+        )
 
 
 def fitted(old: Tensor, shape: tuple[int, ...], fill: float = 0.0) -> Tensor:
