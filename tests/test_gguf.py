@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -129,9 +130,9 @@ def test_a_kill_during_conversion_leaves_nothing_that_counts(tmp_path, llama, ca
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda path, llama: path.write_bytes(b"hello"), "tiny.gguf cannot be converted"),
-        (lambda path, llama: path.write_bytes(path.read_bytes()[:-5000]), "tiny.gguf cannot be converted"),
-        (lambda path, llama: write_gguf(path, llama, "mine"), "tiny.gguf cannot be converted .*mine"),
+        (lambda path, llama: path.write_bytes(b"hello"), "tiny.gguf cannot be loaded"),
+        (lambda path, llama: path.write_bytes(path.read_bytes()[:-5000]), "tiny.gguf cannot be loaded"),
+        (lambda path, llama: write_gguf(path, llama, "mine"), "tiny.gguf cannot be loaded .*mine"),
         (
             lambda path, llama: write_gguf(path, llama, leave_out="blk.1.ffn_up.weight"),
             "1 of the model's weights are missing, model.layers.1.mlp.up_proj.weight first",
@@ -146,6 +147,25 @@ def test_a_broken_gguf_is_one_sentence_and_is_not_cached(tmp_path, llama, cache,
         load_model(str(path))
     assert "\n" not in str(error.value)
     assert list(cache.iterdir()) == []
+
+
+def test_no_code_beside_a_gguf_runs_whatever_one_answers(tmp_path, cache, monkeypatch):
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "bloom")  # whose tokenizer transformers reads by its class' name
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "ab"])
+    writer.add_token_merges(["a b"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(CTError, match="needs Python code of its own, which is never run"):
+        load_model(str(tmp_path / "tiny.gguf"))
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- smollm2-135m ----------------------------------------------------------------------------------------------------

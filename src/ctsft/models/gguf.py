@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GgufConfig
 
 from ctsft.errors import CTError, needs
 from ctsft.files import home
-from ctsft.models.reading import first_line, quiet, whole
+from ctsft.models.reading import first_line, one_sentence, quiet, whole
 from ctsft.progress import waiting, watched
 
 PIP = (sys.executable, "-m", "pip")
@@ -79,19 +79,16 @@ def convert_once(gguf: Path) -> Path:
     _check_readers()
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=target.parent) as scratch:
         folder = Path(scratch) / "model"
-        try:
-            print(f"{gguf.name}: converting once", file=sys.stderr)
-            with waiting(Console(file=sys.stderr), gguf.name), quiet():
-                where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-                tokenizer = AutoTokenizer.from_pretrained(**where)
-                dense = GgufConfig(dequantize=True)  # else it stays packed where kernels for that are installed
-                model: Any = whole(**where, dtype=torch.bfloat16, quantization_config=dense)
-                model.hf_quantizer, model.is_quantized = None, False
-                vars(model.config).pop("quantization_config", None)
-                tokenizer.save_pretrained(folder)
-                model.save_pretrained(folder)
-        except Exception as error:
-            raise CTError(f"{gguf.name} cannot be converted ({first_line(error)}).") from error
+        print(f"{gguf.name}: converting once", file=sys.stderr)
+        with waiting(Console(file=sys.stderr), gguf.name), one_sentence(gguf), quiet():
+            where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+            dense = GgufConfig(dequantize=True)  # else it stays packed where kernels for that are installed
+            model: Any = whole(**where, dtype=torch.bfloat16, quantization_config=dense)
+            model.hf_quantizer, model.is_quantized = None, False
+            vars(model.config).pop("quantization_config", None)
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
         try:
             folder.rename(target)
         except OSError:
