@@ -1,6 +1,6 @@
 """Check the rule of verdicts on made-up records: how often a family of claims has a false verdict, and what is found.
 
-    python benchmarks/looks.py --families 1000 --write      # both tables of docs/laboratory.md; minutes
+    python benchmarks/looks.py --families 1000 --write      # the tables of docs/laboratory.md; minutes
 
 Numbers are drawn, one a seed, and go through the laboratory's own tests: t tests, their intersection, two looks,
 Holm's correction. Only claims that are open after the first look have a second.
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ctsft.files import write_text
-from ctsft.lab.stats import LEVEL, all_hold, corrected, one_fails, over_looks, t_test
+from ctsft.lab.stats import LEVEL, all_hold, corrected, crossed_test, one_fails, over_looks, t_test
 
 PAGE = Path(__file__).parents[1] / "docs" / "laboratory.md"
 SEEDS = 5, 12  # of the first look and of the second
@@ -51,6 +51,13 @@ WORLDS = [
     World("22 with very skewed noise, exponential either way", at_bound(22), noise="very skewed"),
 ]
 SKEWED = {"skewed": 4.0, "very skewed": 1.0}
+CROSSED = {  # seeds, windows and the standard deviations of seeds, windows and rest, as in records of `heldout`
+    "3 seeds, 46 windows that differ more than seeds": (3, 46, (1.0, 3.0, 4.5)),
+    "3 seeds, 63 windows that differ less": (3, 63, (1.0, 0.75, 0.8)),
+    "5 seeds, 46 windows that differ more": (5, 46, (1.0, 3.0, 4.5)),
+    "5 seeds, 63 windows that differ less": (5, 63, (1.0, 0.75, 0.8)),
+}
+LEVELS = 0.05, 0.0025, 0.0005
 DISTANCES = 0.5, 1.0, 1.5, 2.0, 3.0, 5.0
 
 
@@ -124,12 +131,25 @@ def found(distance: float, families: int, rng: np.random.Generator) -> list[floa
     return [float(np.mean([word == "confirmed" for look in looks for word in look[i]])) for i in (0, 1)]
 
 
+def crossed(shape: tuple[int, int, tuple[float, ...]], tests: int, rng: np.random.Generator) -> list[float]:
+    """How often the p of a mean at its bound, over seeds and windows, lies at or below each of LEVELS; then the same
+    over seeds alone, as if there were no other text."""
+    seeds, windows, (by_seed, by_window, rest) = shape
+    count = np.zeros(2 * len(LEVELS))
+    for _ in range(tests):
+        x = by_seed * rng.normal(size=(seeds, 1)) + by_window * rng.normal(size=windows)
+        x = (x + rest * rng.normal(size=(seeds, windows))).tolist()
+        ps = crossed_test(x).above, t_test([sum(row) / windows for row in x]).above
+        count += [p <= level for p in ps for level in LEVELS]
+    return list(count / tests)
+
+
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
 def tables(families: int, seed: int = 0) -> str:
-    """Both tables, in Markdown."""
+    """The three tables, in Markdown."""
     rng = np.random.default_rng(seed)
     rows = []
     for world in WORLDS:
@@ -141,6 +161,16 @@ def tables(families: int, seed: int = 0) -> str:
         f"{table(heads, rows)}\n\nOf {families:,} families each, `benchmarks/looks.py`, seed {seed}; unsplit: each "
         "look has the whole 5%.\n\n"
         + table(["a claim is true by", "confirmed at the first look", "after the second"], power)
+        + f"\n\n{crossed_table(20 * families)}"
+    )
+
+
+def crossed_table(tests: int, seed: int = 1) -> str:
+    rng = np.random.default_rng(seed)
+    rows = [[told, *(f"{share:.2%}" for share in crossed(shape, tests, rng))] for told, shape in CROSSED.items()]
+    ways = [f"{way}: {level:.2%}" for way in ("over seeds and windows", "over seeds alone") for level in LEVELS]
+    return (
+        table(["one claim at its bound", *ways], rows) + f"\n\nOf {tests:,} made-up tables each; by column, the level."
     )
 
 

@@ -99,7 +99,8 @@ def options_page() -> str:
         rows.append((f"`{one.name}`", f"`{one.default!r}`", cell(told)))
     return (
         MADE + "# Options of an adapter\n\nThe fields of `ctsft.CTConfig`, each with its default. `ctsft tune` has the "
-        "same ones as options, see [Commands](commands.md).\n\n" + table(("field", "default", "what it chooses"), rows)
+        "same options, see [Commands](commands.md), with other defaults: `basis` random, `basis_dtype` auto, "
+        "`save_dtype` float16, and `k` auto in long runs.\n\n" + table(("field", "default", "what it chooses"), rows)
     )
 
 

@@ -160,11 +160,22 @@ def test_seeds_and_windows_are_crossed_as_the_sums_of_squares_say():
     left = sum((found[i][j] - rows[i] - columns[j] + mean) ** 2 for i in range(s) for j in range(w))
     ms_r = left / ((s - 1) * (w - 1))
     assert ms_w > ms_r
-    df = (ms_s + ms_w - ms_r) ** 2 / (ms_s**2 / 3 + ms_w**2 / 5 + ms_r**2 / 15)
+    df = min(3, (ms_s + ms_w - ms_r) ** 2 / (ms_s**2 / 3 + ms_w**2 / 5 + ms_r**2 / 15))
     error = math.sqrt((ms_s + ms_w - ms_r) / 24)
     test = crossed_test(found, 0.1)
     assert (test.n, test.mean, test.error, test.df) == (4, pytest.approx(mean), pytest.approx(error), pytest.approx(df))
     assert test.above == pytest.approx(t_tail((mean - 0.1) / error, df), rel=1e-6)
+
+
+@pytest.mark.parametrize("sds", [(1.0, 0.0, 1.0), (0.0, 1.0, 1.0), (0.2, 1.0, 0.3)])
+def test_windows_only_widen_an_interval(sds):
+    held = 0
+    for seed in range(200):
+        found = table(3, 20, sds, seed)
+        test, alone = crossed_test(found), t_test([sum(row) / 20 for row in found])
+        assert test.low <= alone.low + 1e-12 and test.high >= alone.high - 1e-12
+        held += test.df == 2
+    assert held >= 20  # what would have been narrower, by Satterthwaite's own degrees of freedom
 
 
 def test_windows_that_do_not_differ_leave_the_test_over_seeds():

@@ -116,6 +116,12 @@ class Claim(Strict):
             self.control()
         return self
 
+    @property
+    def told(self) -> str:
+        """The sentence; of one that is about no model in particular also the model and text that it was asked of."""
+        where = [str(self.where[name]) for name in ("model", "text") if self.any_model and name in self.where]
+        return f"{self.text.removesuffix('.')} ({', '.join(where)})." if where else self.text
+
     def control(self) -> "Claim":
         """The claim as its artefact's control asks it."""
         assert self.artefact

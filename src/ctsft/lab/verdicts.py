@@ -260,7 +260,8 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records", summa
         f"{SEEDS} seeds give no verdict. Families and tests: {families}. The rule and its error rates stand in "
         "`docs/laboratory.md`. *Artefact*: it holds as the paper has it, and the control without the named cause "
         "refutes it. "
-        "The effect sizes stand in `src/ctsft/lab/papers/claims.toml` and were written before the runs were read.",
+        "The effect sizes stand in `src/ctsft/lab/papers/claims.toml`; they were written before the runs were read, "
+        "unless a claim's note says otherwise.",
     ]
     titles = {"derived": "Arithmetic on the papers' figures", "ours": "Our own expectations"}
     judged = [v for v in verdicts if v.verdict != NOT_APPLICABLE]
@@ -273,7 +274,7 @@ def markdown(verdicts: Verdicts, made_from: str = "the committed records", summa
                 told = "<br>".join(
                     filter(None, (v.detail, v.control, v.unsettled, v.claim.note and f"Note: {v.claim.note}"))
                 )
-                lines.append(f"| {v.claim.id} | {_cell(v.claim.text)} | **{v.verdict}** | {_cell(told)} |")
+                lines.append(f"| {v.claim.id} | {_cell(v.claim.told)} | **{v.verdict}** | {_cell(told)} |")
     if aside := [v for v in verdicts if v.verdict == NOT_APPLICABLE]:
         lines += ["", "## Not applicable", "", "| | claim | why |", "|---|---|---|"]
         lines += [f"| {v.claim.id} | {_cell(v.claim.text)} | {_cell(v.detail)} |" for v in aside]
