@@ -90,6 +90,15 @@ def test_generate_where_the_context_has_no_room():
     assert texts[2] == generate(model, tokenizer, prompts[2:3], 5)[0]
 
 
+def test_a_long_prompt_costs_its_batch_nothing():
+    model, tokenizer = tiny_model("gpt2", vocab_size=258), tiny.byte_tokenizer()  # 20 positions
+    prompts = [tokenizer(text)["input_ids"] for text in ("a", "b" * 17, "cc", "d" * 30, "e" * 15)]
+    told = []
+    texts = generate(model, tokenizer, prompts, 5, progress=told.append)
+    assert texts == [generate(model, tokenizer, [prompt], 5)[0] for prompt in prompts]
+    assert texts[3] == "" and all(texts[:3]) and sum(told) == 5
+
+
 def test_progress_counts_every_row():
     model, tokenizer, seen = tiny_model("llama", vocab_size=258), tiny.byte_tokenizer(), []
     heldout_loss(model, rows_of([5, 4, 6, 7, 5]), 0, batch_size=2, progress=seen.append)

@@ -87,10 +87,16 @@ def generate(
     batch_size: int = 16,
     progress: Callable[[int], object] = untold,
 ) -> list[str]:
-    """Greedy completions (text) of prompts given as token ids, in their order; "" where the context has no room."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
+    """Greedy completions (text) of prompts given as token ids, in their order; "" where the context has no room.
+
+    Each has `max_new_tokens` tokens at most, and what is left of the context, whatever the other prompts are.
+    """
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    order = sorted((i for i, ids in enumerate(prompts) if len(ids) < context), key=lambda i: len(prompts[i]))
+    roomy = sum(len(prompts[i]) + max_new_tokens <= context for i in order)  # the longer ones run alone
+    batches = [order[i : min(i + batch_size, roomy)] for i in range(0, roomy, batch_size)]
+    batches += [[i] for i in order[roomy:]]
+    texts = [""] * len(prompts)
     settings = GenerationConfig(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
@@ -98,17 +104,16 @@ def generate(
     )
     model.eval()
     with torch.inference_mode():
-        for i in range(0, len(order), batch_size):
-            picked = order[i : i + batch_size]
+        for picked in batches:
             batch = collate([{"input_ids": prompts[j], "labels": prompts[j]} for j in picked], tokenizer.pad_token_id)
             ids, mask = (batch[n].to(model.device) for n in ("input_ids", "attention_mask"))
             settings.max_new_tokens = int(min(max_new_tokens, context - ids.shape[1]))
-            if settings.max_new_tokens < 1:
-                break
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
             for j, tokens in zip(picked, out[:, ids.shape[1] :], strict=True):
                 texts[j] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
             progress(len(picked))
+    if roomless := len(prompts) - len(order):
+        progress(roomless)
     return texts
 
 
