@@ -15,6 +15,8 @@ from ctsft.plan.budget import Budget, parse_budget, planning
         ("2,000 steps", Budget(steps=2000)),
         ("5000 numbers", Budget(numbers=5000)),
         ("20 kB, 15 min", Budget(bytes=20_000, seconds=900)),
+        ("20 KB,2000 steps", Budget(bytes=20_000, steps=2000)),
+        ("1,500,000.5 bytes ,1.5 min", Budget(bytes=1_500_000.5, seconds=90)),
         ("90 s and 100 numbers", Budget(seconds=90, numbers=100)),
     ],
 )
@@ -22,7 +24,23 @@ def test_a_budget_is_read_as_it_is_written(text, budget):
     assert parse_budget(text) == budget
 
 
-@pytest.mark.parametrize("text", ["fifteen", "15", "min", "0 steps", "15 parsecs", "1 MB, 2 MB", "-3 min", "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "fifteen",
+        "15",
+        "min",
+        "0 steps",
+        "15 parsecs",
+        "1 MB, 2 MB",
+        "-3 min",
+        "9" * 5000,
+        "1,5 min",
+        "2,5 KB",
+        "12,34 s",
+        "1234,567 s",
+    ],
+)
 def test_what_is_not_understood_is_told(text):
     with pytest.raises(CTError, match="is not understood"):
         parse_budget(text)

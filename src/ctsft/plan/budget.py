@@ -17,7 +17,8 @@ UNITS: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("step", "steps"), ("steps", 1)),
     **dict.fromkeys(("number", "numbers"), ("numbers", 1)),
 }
-PART = re.compile(r"(\d[\d,]{0,14}(?:\.\d{1,6})?)\s*([A-Za-z]+)")
+PART = re.compile(r"((?:\d{1,3}(?:,\d{3}){1,4}|\d{1,15})(?:\.\d{1,6})?)\s*([A-Za-z]+)")
+BETWEEN = re.compile(r"\s+and\s+|;|(?<=[A-Za-z])\s*,\s*")
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Budget:
 def parse_budget(text: str | None) -> Budget:
     """`15 min`, `20 KB`, `2000 steps`, `5000 numbers`, or several with commas or `and` between them."""
     limits: dict[str, float] = {}
-    for part in re.split(r"\s+and\s+|;|,\s+", text.strip()) if text else ():
+    for part in BETWEEN.split(text.strip()) if text else ():
         found = PART.fullmatch(part.strip())
         kind, unit = UNITS.get(found[2].lower(), ("", 0.0)) if found else ("", 0.0)
         amount = float(found[1].replace(",", "")) * unit if found else 0.0
         if not amount or kind in limits:
             raise CTError(
-                f"--budget {shown(text or '')!r} is not understood; write 15 min, 20 KB, 2000 steps or 5000 numbers, "
-                "or two kinds of them with a comma between."
+                f"--budget {shown(text or '')!r} is not understood; write 15 min, 1.5 h, 20 KB, 2,000 steps or 5000 "
+                "numbers, or two kinds of them with a comma between."
             )
         limits[kind] = amount
     if "steps" in limits and "seconds" in limits:
