@@ -124,6 +124,8 @@ def test_arms_are_asked_for_by_name_or_at_every_k():
 def test_a_wrong_arm_is_told_before_the_model_is_loaded():
     with pytest.raises(CTError, match="no arm 'lorra-8'"):
         answered(make_question({"model": "not-there", "arms": ["lorra-8"]}), quiet())
+    with pytest.raises(CTError, match="and lora-8, norms is none; name one of diagonal, core, gains, scores as"):
+        answered(make_question({"model": "not-there", "arms": ["lora-8", "norms"]}), quiet())
 
 
 def test_what_tells_most_runs_first_and_nothing_twice():

@@ -14,6 +14,7 @@ from rich.console import Console
 from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learned import Learned
 from ctsft.adapter.targets import find_targets
+from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions
 from ctsft.plan.arms import ARMS, Candidate, candidate
 from ctsft.plan.budget import planning
@@ -57,8 +58,7 @@ def make_plan(*, console: Console | None = None, **options: Any) -> Plan:
 def answered(question: Question, console: Console | None = None, found: Material | None = None) -> Plan:
     """`make_plan` by a Question; `found`: its model and rows, if they are at hand. The model is left as it is."""
     console = console or Console(stderr=True, markup=False)
-    for name in [*(question.arms or ()), *([f"diagonal@{question.basis}"] if question.basis is not None else [])]:
-        spelled(name, KS)  # what is none shows before anything is loaded
+    check_arms(question)
     most = max(held for _, _, held in LEVELS)
     found = found or gathered(question.recipe(eval_rows=most), console)
     scored = found.heldout[:most]
@@ -106,6 +106,15 @@ def answered(question: Question, console: Console | None = None, found: Material
 
 
 # ---- what runs
+
+
+def check_arms(question: Question) -> None:
+    """CTError where one that is asked for is none, or none of them can be recommended; nothing is loaded for it."""
+    named = [*(question.arms or ()), *([f"diagonal@{question.basis}"] if question.basis is not None else [])]
+    kinds = {arm.arm.kind for name in named for arm in spelled(name, KS)}
+    if kinds and "form" not in kinds:
+        forms = ", ".join(name for name, arm in ARMS.items() if arm.kind == "form")
+        raise CTError(f"a plan recommends an arm of ours, and {', '.join(named)} is none; name one of {forms} as well.")
 
 
 def chosen_arms(model: Any, question: Question) -> list[Candidate]:
