@@ -152,6 +152,10 @@ def test_nothing_left_is_an_error():
     row = {"prompt": "p" * 10, "completion": "c"}
     with pytest.raises(CTError, match="No row has anything to learn within 10 tokens: give a larger max_length"):
         format_rows(dataset(row), tokenizer_with(), "prompt_completion", 10)
+    for context, told in ((10, ", the model's context: give shorter ones"), (11, ": give a larger max_length")):
+        with pytest.raises(CTError, match=rf"^No held-out row has anything to learn within 10 tokens{told}\.$"):
+            named = {"context": context, "which": "held-out row"}
+            format_rows(dataset(row), tokenizer_with(), "prompt_completion", 10, **named)
     with pytest.raises(CTError, match="max_length=1 leaves nothing to predict"):
         format_rows(dataset(row), tokenizer_with(), "prompt_completion", 1)
 

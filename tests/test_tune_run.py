@@ -633,6 +633,23 @@ def test_messages(model, recipe, tmp_path):
 
 
 @pytest.mark.usefixtures("plain_report")
+def test_held_out_rows_that_do_not_fit_are_told(recipe, tmp_path):
+    lengths = [9] * 30 + [99] * 4
+    rows = [{"prompt": f"{i}" + "b" * n, "completion": "c" * n} for i, n in enumerate(lengths)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = recipe(data=str(tmp_path / "rows.jsonl"), heldout=17, steps=1, eval_rows=17)
+    heldout = load_corpus(chosen.data, seed=0, heldout=17).heldout
+    lost = sum(len(row["prompt"]) > 64 for row in heldout)
+    assert 0 < lost < 4
+    run = quiet(chosen, tmp_path / "run")
+    assert run["data"]["heldout_rows"] == 17 - lost
+    assert f"0 held-out rows were cut to 64 tokens and {lost} dropped as too long" in run["data"]["notes"]
+    one = next(i for i in range(99) if len(load_corpus(chosen.data, seed=i, heldout=1).heldout[0]["prompt"]) > 64)
+    with pytest.raises(CTError, match=r"^No held-out row has anything to learn within 64 tokens: give a larger max_l"):
+        quiet(recipe(data=chosen.data, heldout=1, seed=one), tmp_path / "none")
+
+
+@pytest.mark.usefixtures("plain_report")
 def test_where_there_is_no_terminal_every_stage_tells_what_is_left(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0.001)
     heard = io.StringIO()

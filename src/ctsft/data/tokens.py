@@ -29,9 +29,21 @@ class Cut(NamedTuple):
     truncated: int
     dropped: int
 
+    def told(self, which: str, most: int) -> list[str]:
+        """What befell the rows, which are called `which`, at `most` tokens a row: a sentence, or none."""
+        if not any(self):
+            return []
+        return [f"{self.truncated} {which}s were cut to {most} tokens and {self.dropped} dropped as too long"]
+
 
 def format_rows(
-    dataset: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, kind: Kind, max_length: int
+    dataset: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+    max_length: int,
+    *,
+    context: int | None = None,
+    which: str = "row",
 ) -> tuple[datasets.Dataset, Cut]:
     """Tokenise rows for training: lists of ints `input_ids` and `labels`, of equal length.
 
@@ -42,7 +54,8 @@ def format_rows(
 
     A row longer than `max_length` tokens loses its end, and is dropped if nothing of the completion is left; a long
     `text` becomes several rows, and loses nothing but a last token that would stand alone. Raises CTError if no row is
-    left, and for messages without a chat template.
+    left, called `which` (it says so where `max_length` is the model's `context`), and for messages without a chat
+    template.
     """
     if max_length < 2:
         raise CTError(f"max_length={max_length} leaves nothing to predict: give at least 2.")
@@ -71,7 +84,8 @@ def format_rows(
             ids.append(whole[:max_length])
             labels.append(([-100] * len(prompt) + whole[len(prompt) :])[:max_length])
     if not ids:
-        raise CTError(f"No row has anything to learn within {max_length} tokens: give a larger max_length.")
+        way = ", the model's context: give shorter ones" if max_length == context else ": give a larger max_length"
+        raise CTError(f"No {which} has anything to learn within {max_length} tokens{way}.")
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels}), Cut(truncated, dropped)
 
 

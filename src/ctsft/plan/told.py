@@ -31,7 +31,7 @@ class Plan(Part):
     data: str
     question: dict[str, Any]
     rows: int = Field(description="there are to train on")
-    heldout: int = Field(description="rows held out, of which the races score some")
+    heldout: int = Field(description="rows held out and scored; the races score some of them")
     tokens: float = Field(description="of a row, on average")
     parameters: int = Field(description="of the model")
     start: float = Field(description="loss of the untouched model")

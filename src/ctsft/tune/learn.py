@@ -46,8 +46,8 @@ class Family:
 
 def family_of(lesson: Lesson, loaded: Loaded) -> tuple[Family, dict[str, Corpus]]:
     """The siblings of `lesson` in tokens, and as they were read."""
-    longest = getattr(loaded.model.config, "max_position_embeddings", None) or lesson.max_length
-    longest = min(lesson.max_length, longest)
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    longest = min(lesson.max_length, context or lesson.max_length)
     corpora, notes = load_siblings(
         lesson.data or (),
         lesson.by,
@@ -59,13 +59,14 @@ def family_of(lesson: Lesson, loaded: Loaded) -> tuple[Family, dict[str, Corpus]
     )
     family = Family({}, {}, notes)
     for name, corpus in corpora.items():
-        train, cut = format_rows(corpus.train, loaded.tokenizer, corpus.kind, longest)
+        how = (loaded.tokenizer, corpus.kind, longest)
+        train, cut = format_rows(corpus.train, *how, context=context, which=f"training row of {name}")
         scored = corpus.heldout.select(range(min(lesson.eval_rows, len(corpus.heldout))))
         family.train[name] = list(train)
-        family.heldout[name] = list(format_rows(scored, loaded.tokenizer, corpus.kind, longest)[0])
-        family.notes += [f"{name}: {note}" for note in corpus.notes]
-        if cut.truncated or cut.dropped:
-            family.notes.append(f"{name}: {cut.truncated} rows were cut to {longest} tokens and {cut.dropped} dropped")
+        kept, lost = format_rows(scored, *how, context=context, which=f"held-out row of {name}")
+        family.heldout[name] = list(kept)
+        notes = [*corpus.notes, *cut.told("training row", longest), *lost.told("held-out row", longest)]
+        family.notes += [f"{name}: {note}" for note in notes]
     return family, corpora
 
 

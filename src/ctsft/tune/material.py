@@ -58,25 +58,24 @@ def gathered(recipe: Recipe, console: Console) -> Material:
             loaded.model.to("cuda")  # type: ignore[arg-type]
     fits(loaded.tokenizer, loaded.model)
     parameters = sum(p.numel() for p in loaded.model.parameters())
-    longest = min(recipe.max_length, getattr(loaded.model.config, "max_position_embeddings", None) or recipe.max_length)
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    longest = min(recipe.max_length, context or recipe.max_length)
     with waiting(console, f"reading {recipe.data}"):
         held = recipe.heldout if recipe.heldout < 1 else int(recipe.heldout)
         named = {"prompt_column": recipe.prompt_column, "completion_column": recipe.completion_column}
         corpus = load_corpus(recipe.data, seed=recipe.seed, heldout=held, limit=recipe.limit, **named)
-        train, cut = format_rows(corpus.train, loaded.tokenizer, corpus.kind, longest)
+        how = (loaded.tokenizer, corpus.kind, longest)
+        train, cut = format_rows(corpus.train, *how, context=context, which="training row")
         scored = corpus.heldout.select(range(min(recipe.eval_rows, len(corpus.heldout))))
-        heldout: list[Tokens] = list(format_rows(scored, loaded.tokenizer, corpus.kind, longest)[0])
+        kept, lost = format_rows(scored, *how, context=context, which="held-out row")
+        heldout: list[Tokens] = list(kept)
         sources = Sources(
             recipe=hashed([recipe.values()]),
             data=hashed(row for part in (corpus.train, [None], corpus.heldout) for row in part),
             tokens=hashed(row for part in (train, [None], heldout) for row in part),
             weights=weights,
         )
-    notes = [*corpus.notes]
-    if cut.truncated or cut.dropped:
-        notes.append(
-            f"{cut.truncated} training rows were cut to {longest} tokens and {cut.dropped} dropped as too long"
-        )
+    notes = [*corpus.notes, *cut.told("training row", longest), *lost.told("held-out row", longest)]
     for note in filter(None, (loaded.note, *notes)):
         console.print(note, style="yellow", markup=False, soft_wrap=True)
     if (loaded.model.device.type, loaded.model.dtype) == ("cpu", torch.bfloat16) and longest_of(train) <= SHORT:
