@@ -8,6 +8,7 @@ from ctsft.files import read_json
 from ctsft.plan import automatic as by_plan
 from ctsft.plan import plan as plans
 from ctsft.plan.told import read_plan
+from ctsft.tune import run as train
 from ctsft.tune.recipe import read_recipe
 from tiny import WORDS
 
@@ -103,6 +104,19 @@ def test_k_auto_is_chosen_before_the_run_and_kept_by_resume(ctsft, files, tmp_pa
     (tmp_path / "r" / "run.json").unlink()
     code, _, err = ctsft("tune", "--resume", "--k", "auto", "--out", tmp_path / "r", "--allow-worse")
     assert code == 0 and read_recipe(tmp_path / "r" / "recipe.json") == recipe
+
+
+def test_a_plan_is_in_the_folder_before_anything_is_measured(ctsft, files, tmp_path, monkeypatch):
+    def die(*_):
+        raise SystemExit(9)  # as a kill, nothing that comes after it is done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measured_before", die)
+        assert ctsft("tune", *automatic(files), "--form", "diagonal", "--out", tmp_path / "r")[0] == 9
+    found = read_plan(tmp_path / "r" / "plan.json")
+    code, out, _ = ctsft("tune", "--resume", "--out", tmp_path / "r", "--allow-worse")
+    assert code == 0 and f"plan {tmp_path / 'r' / 'plan.html'}" in out
+    assert read_plan(tmp_path / "r" / "plan.json") == found and (tmp_path / "r" / "plan.html").exists()
 
 
 def test_without_k_a_long_training_is_planned_over_both_forms(ctsft, files, tmp_path, monkeypatch):

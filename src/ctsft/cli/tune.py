@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,22 +74,19 @@ def tune(
             chosen = automatic(recipe, err, form, always)
             recipe, planned, found = chosen.recipe, chosen.plan, chosen.found
             show_choice(chosen)
-        run = train.tune(recipe, out, resume, overwrite, err, found)
+        begun = partial(keep, planned, out) if planned else None
+        run = train.tune(recipe, out, resume, overwrite, err, found, begun)
     except KeyboardInterrupt as stop:  # Stopped is one
         if known.exists() and not (out / "run.json").exists() and read_recipe(known) == recipe:
-            if planned:
-                keep(planned, out)
             then = f"continue with: ctsft tune --resume --out {shlex.quote(str(out))}"
         else:
             then = "nothing was begun, so start it again with the same command"
         say(f"{str(stop) or 'stopped'}; {then}", "yellow")
         raise typer.Exit(130) from None
-    if planned:
-        keep(planned, out)
     if as_json:
         print(json.dumps(run.values(), indent=1))
     else:
-        show_run(run, out, planned is not None)
+        show_run(run, out, (out / "plan.html").exists())
     if run.warning:
         say(run.warning, "red")
         if not allow_worse:

@@ -2,7 +2,7 @@
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -177,9 +177,10 @@ def tune(
     overwrite: bool = False,
     console: Console | None = None,
     found: Material | None = None,
+    begun: Callable[[], object] | None = None,
 ) -> RunRecord:
     """Fine-tune as `recipe` says, in folder `out`; returns the record, which is also in run.json. `found`: the model
-    and the rows of the recipe, if they are at hand.
+    and the rows of the recipe, if they are at hand; `begun` is called once the folder is that of this run.
 
     Leaves `adapter/` (PEFT), `report.html`, `recipe.json` and, last of all, `run.json`. Stopped or killed at any moment
     once recipe.json is there, it continues with `resume` to the same numbers as an unbroken run. A run whose held-out
@@ -196,6 +197,8 @@ def tune(
             check_sources(parts.sources, recipe.model, recipe.data, out, parts.tell)
         else:  # up to here nothing was written
             claim_folder(recipe, parts.sources, out)
+            if begun:
+                begun()
         sweep(out)
         return trained(parts, out, resume)
 
