@@ -42,7 +42,7 @@ def test_mistakes_are_one_sentence(ctsft, files, tmp_path):
 
 
 def test_stopped_it_tells_how_to_go_on(ctsft, files, tmp_path, monkeypatch):
-    def stop(self):
+    def stop(self, rules):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Match, "played", stop)

@@ -97,6 +97,15 @@ def test_more_arms_and_seeds_can_be_asked_for_later(options, tmp_path, monkeypat
     more = compare(tmp_path / "out", resume=True, **few | {"arms": ["diagonal-2", "norms"], "seeds": 2})
     assert made == [("diagonal-2", 1), ("diagonal-2", 2), ("norms", 2)]
     assert more.arms[1].trials[0] == first.arms[0].trials[0] and len(more.arms[1].trials) == 2
+    more = compare(tmp_path / "out", resume=True, **few | {"arms": ["lora-1"], "seeds": 2})
+    assert made[3:] == [("lora-1", 1), ("lora-1", 2)] and [a.name for a in more.arms] == [
+        "lora-1",
+        "diagonal-2",
+        "norms",
+    ]
+    with pytest.raises(CTError, match="k=400 is more"):  # what failed is not asked for ever after
+        compare(tmp_path / "out", resume=True, **few | {"arms": ["diagonal-400"]})
+    assert [a.name for a in compare(tmp_path / "out", resume=True, **few).arms] == ["norms", "lora-1", "diagonal-2"]
     with pytest.raises(CTError, match="started with other steps; resume it without giving them"):
         compare(tmp_path / "out", resume=True, **few | {"steps": 5})
 
@@ -125,6 +134,7 @@ def test_what_an_arm_cannot_do_shows_before_anything_trains(options, tmp_path, m
     monkeypatch.setattr(Bench, "trial", None)
     with pytest.raises(CTError, match="k=400 is more than the 32 directions"):
         compare(tmp_path / "out", **options | {"arms": ["norms", "diagonal-400"]})
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_rows_are_not_the_same_comparison(done, options, tmp_path):

@@ -23,7 +23,8 @@ from ctsft.progress import waiting
 def compare(
     out: Annotated[Path, typer.Option(help="Folder of the comparison.")] = Path("runs/comparison"),
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue in --out; --arms, --seeds and --rates may be other ones.")
+        bool,
+        typer.Option("--resume", help="Continue in --out; --arms adds arms, --seeds and --rates may be other ones."),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the comparison in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print comparison.json on standard output.")] = False,

@@ -55,20 +55,23 @@ def compare(
 def contested(
     contest: Contest, out: Path, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Comparison:
-    """`compare` by a Contest."""
+    """`compare` by a Contest, which gets the arms of the one that it goes on with after its own."""
     console = console or Console(stderr=True, markup=False)
     with locked(out, (CONTEST,)):
         check_folder(contest, out, resume, overwrite)
         material = gathered(contest.recipe(), console)
         if resume:
             check_sources(material.sources, contest.model, contest.data, out, console.print)
-        else:  # up to here nothing was written
+            contest.add(read_contest(out / CONTEST).arms)
+        match = Match(contest, material, out, console, resume)
+        rules = match.rules()  # what an arm cannot do shows before anything is written, and before anything trains
+        if not resume:
             for name in (RECORD, PAGE, TRIALS, STARTS):
                 (out / name).unlink(missing_ok=True)
             write_sealed(out / SOURCES, material.sources)
         write_json(out / CONTEST, contest.values())
         sweep(out, SCRATCH)
-        found = Match(contest, material, out, console).played()
+        found = match.played(rules)
         write_json(out / RECORD, found.model_dump())
         write_comparison(found, out / PAGE)
     return found
@@ -93,12 +96,14 @@ def check_folder(contest: Contest, out: Path, resume: bool, overwrite: bool) -> 
 
 
 class Lines(dict[Any, P]):
-    """Records by key, kept as JSON lines in a file: what is added is on disk at once."""
+    """Records by key, kept as JSON lines in a file: what is added is on disk at once. `old`: with what is there."""
 
-    def __init__(self, path: Path, kind: type[P], key: Callable[[P], Any]) -> None:
+    def __init__(self, path: Path, kind: type[P], key: Callable[[P], Any], old: bool = True) -> None:
         super().__init__()
         self.path, self.key = path, key
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""  # a kill may have cut the last line
+        if not (old and path.exists()):
+            return
+        whole = path.read_bytes().rpartition(b"\n")[0]  # a kill may have cut the last line
         for i, line in enumerate(whole.splitlines(), 1):
             try:
                 found = kind.model_validate_json(line)
@@ -108,8 +113,7 @@ class Lines(dict[Any, P]):
                     "--overwrite."
                 ) from None
             self[key(found)] = found
-        if path.exists():
-            path.write_bytes(whole + b"\n" if whole else b"")
+        path.write_bytes(whole + b"\n" if whole else b"")
 
     def add(self, found: P) -> P:
         with self.path.open("a", encoding="utf-8") as file:
@@ -123,9 +127,9 @@ def key_of(trial: Trial) -> tuple[str, int, float, int]:
 
 
 class Match:
-    """The trials of a contest, those that are in the folder taken as they are."""
+    """The trials of a contest, those that are in the folder taken as they are, if `old`."""
 
-    def __init__(self, contest: Contest, material: Material, out: Path, console: Console) -> None:
+    def __init__(self, contest: Contest, material: Material, out: Path, console: Console, old: bool) -> None:
         self.contest, self.material, self.console = contest, material, console
         tokenizer = material.loaded.tokenizer
         self.bench = Bench(
@@ -136,8 +140,8 @@ class Match:
             contest.batch_size,
             self.score if contest.questions and material.corpus.examples else None,
         )
-        self.trials = Lines(out / TRIALS, Trial, key_of)
-        self.starts = Lines(out / STARTS, Start, lambda start: start.candidate)
+        self.trials = Lines(out / TRIALS, Trial, key_of, old)
+        self.starts = Lines(out / STARTS, Start, lambda start: start.candidate, old)
         self.race_steps = contest.steps
         if contest.rates == "short":
             self.race_steps = min(contest.steps, max(LEAST, contest.steps // SHARE))
@@ -150,14 +154,20 @@ class Match:
         prompts = [prompt_ids(corpus.heldout[i], tokenizer, corpus.kind, context) for i in asked]
         return answers(model, tokenizer, corpus, prompts, self.contest.recipe(), lambda n: None)[2]
 
-    def played(self) -> Comparison:
+    def rules(self) -> list[Start]:
+        """The rule's rates of those arms that have none in the folder; nothing is written."""
+        new = [name for name in self.contest.arms or () if name not in self.starts]
+        shown = watched(new, "rates by the rule", file=self.console.file)
+        return [Start(candidate=name, rule=self.bench.rate(candidate(name), RACE)) for name in shown]
+
+    def played(self, rules: list[Start]) -> Comparison:
         """Every rate, every trial, and the record of all."""
         contest, bench = self.contest, self.bench
+        for start in rules:
+            self.starts.add(start)
         before, asked = number(bench.start), bench.score(bench.model) if bench.score else None
         if before is None:
             raise CTError(f"the held-out loss of {contest.model} is not finite as it is; use dtype float32.")
-        for name in watched(contest.arms, "rates by the rule", file=self.console.file):
-            self.rule(name)  # all of them first: what an arm cannot do shows before anything trains
         races = 0 if contest.rates == "rule" else 3 * self.race_steps
         total = len(contest.arms or ()) * (races + contest.seeds * contest.steps)
         with watched(text="comparing", total=total, file=self.console.file) as shown:
@@ -170,8 +180,6 @@ class Match:
         return record_of(contest, self.material, before, asked, arms)
 
     def rule(self, name: str) -> float:
-        if name not in self.starts:
-            self.starts.add(Start(candidate=name, rule=self.bench.rate(candidate(name), RACE)))
         return self.starts[name].rule
 
     def rates(self, name: str) -> list[tuple[float, float]]:

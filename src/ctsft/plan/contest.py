@@ -53,6 +53,10 @@ class Contest(Asked):
         self.arms = names
         self.recipe()  # which checks the rest
 
+    def add(self, arms: list[str] | None) -> None:
+        """Compare `arms`, names of candidates, too, after those that are there."""
+        self.arms = list(dict.fromkeys([*(self.arms or ()), *(arms or ())]))
+
     def values(self) -> dict[str, Any]:
         """All fields as JSON values."""
         return dataclasses.asdict(self)
