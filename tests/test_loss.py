@@ -103,6 +103,21 @@ def test_nothing_is_shared_where_it_does_not_pay_or_each_row_differs():
         assert float(summed_loss(window, batch)[0]) > 0
 
 
+@pytest.mark.parametrize("name", ["positions of its own", "no positions", "token_type_ids"])
+def test_other_inputs_are_the_model_s_own_matter(name):
+    model, batch = tiny("gpt2"), collate(rows_of([12, 10, 12], begin=6, completion=2), 0)
+    assert shared(model, batch) == 6
+    if name == "positions of its own":
+        batch["position_ids"] = batch["position_ids"].flip(1)
+    elif name == "no positions":
+        del batch["position_ids"]  # the model counts the padding, too
+    else:
+        batch[name] = ids(3, 12, seed=4)
+    with torch.no_grad():
+        total, count = summed_loss(model, batch)
+        assert float(total / count) == pytest.approx(float(model(**batch).loss), rel=1e-5)
+
+
 def test_bare_is_the_model_itself():
     model = tiny()
     assert bare(model) is model and bare(adapt(model)) is model

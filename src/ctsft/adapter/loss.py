@@ -64,13 +64,18 @@ def bare(model: nn.Module) -> Any:
 def shared(model: nn.Module, batch: Batch) -> int:
     """How many tokens the rows of `batch` begin with alike, before the first that predicts one that counts.
 
-    0 where that saves too little, or cannot be: padding not on the left, layers that do not attend to all of a row, or
-    a dropout, which every row draws for itself.
+    0 where that saves too little, or cannot be: padding not on the left, positions that do not count from the first
+    token of a row, inputs such as token_type_ids, layers that do not attend to all of a row, or a dropout, which every
+    row draws for itself.
     """
     ids, labels = batch["input_ids"], batch["labels"]
     mask = batch.get("attention_mask", torch.ones_like(ids))
     b, t = ids.shape
-    if b == 1 or mask.ndim != 2 or (mask[:, 1:] < mask[:, :-1]).any():
+    others = batch.keys() - {"input_ids", "attention_mask", "position_ids", "labels"}
+    if b == 1 or others or mask.ndim != 2 or (mask[:, 1:] < mask[:, :-1]).any():
+        return 0
+    positions = batch.get("position_ids", torch.arange(t, device=ids.device))
+    if ((positions != mask.cumsum(1) - 1) & mask.bool()).any():
         return 0
     length = mask.sum(1)
     least = int(length.min())
