@@ -4,7 +4,7 @@ import pytest
 
 from ctsft import CTError
 from ctsft.quantities.ablation import ablation
-from helpers import EVEN, FORMS, assert_same_bits, coefficients, rows, tiny, whole
+from helpers import EVEN, FORMS, assert_same_bits, coefficients, owners, rows, tiny, whole
 
 
 def fixed_loss(model):
@@ -30,6 +30,21 @@ def test_ablation_is_the_loss_of_a_model_without_those_numbers(form, order):
                 if form == "core":
                     c.data[i] = 0
         assert found[str(count)] == fixed_loss(twin_of_it)()
+
+
+@pytest.mark.parametrize("form", ["diagonal", "core"])
+def test_dropped_directions_add_nothing_of_the_siblings_mean_either(form):
+    model = whole(form=form, basis="learned", start="mean")
+    found = ablation(model, fixed_loss(model), [0, 2, 6])
+    for layer in owners(model).values():
+        basis, c = layer.ctsft_basis["default"], layer.ctsft_coefficients["default"]
+        c.data[..., 2:] = 0
+        if form == "core":
+            c.data[2:] = 0
+        basis.start[2:] = 0
+    assert found["0"] == fixed_loss(tiny())()
+    assert found["2"] == pytest.approx(fixed_loss(model)(), rel=1e-5)
+    assert found["6"] == pytest.approx(fixed_loss(whole(form=form, basis="learned", start="mean"))(), rel=1e-5)
 
 
 def test_ablation_at_random_is_seeded_nested_and_by_matrix():

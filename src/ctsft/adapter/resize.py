@@ -25,7 +25,8 @@ def resize(
     optimizer: torch.optim.Optimizer | None = None,
     carry: bool = False,
 ) -> None:
-    """Change K of an adapter in place, also during training: shared directions keep their values, new ones add nothing.
+    """Change K of an adapter in place, also during training: shared directions keep their values, new ones add nothing,
+    or with start="mean" the siblings' mean.
 
     The parameters stay the same objects; a loss from before must not be kept with its graph (detach it), for autograd
     remembers the shapes in there. With `optimizer`, their state is reset, or with `carry` kept for shared

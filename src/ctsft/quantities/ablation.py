@@ -19,7 +19,8 @@ def ablation(
     seed: int = 0,
     adapter_name: str = "default",
 ) -> dict[str, float]:
-    """loss() by the number of trained directions kept in every matrix, all others adding nothing (paper 85).
+    """loss() by the number of trained directions kept in every matrix, all others adding nothing (paper 85), not
+    the siblings' mean of start="mean" either.
 
     order: `order` keeps the first, `reverse` the last, `random` a seeded choice per matrix, nested over the counts. A
     matrix with fewer directions keeps all. In evaluation mode; the model is left bit for bit as it was. Keys are the
@@ -46,7 +47,9 @@ def ablation(
                     layer, k = layers[name], layers[name].ready(adapter_name).k
                     mask = torch.zeros(k, dtype=torch.bool)
                     mask[ranked(name, k)[:count]] = True
-                    pieces[name].data = layer.form(adapter_name).only(c, mask.to(c.device))
+                    form, start = layer.form(adapter_name), layer.ready(adapter_name).start
+                    begin = 0.0 if start is None or layer.replaces(adapter_name) else form.begin(start)
+                    pieces[name].data = form.only(c + begin, mask.to(c.device)) - begin
                 losses[str(count)] = float(loss())
         finally:
             for name, c in whole.items():
