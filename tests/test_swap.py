@@ -61,6 +61,14 @@ def test_an_adapter_that_is_there_takes_the_file_s_numbers(options, tmp_path):
     assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes()
 
 
+def test_a_file_of_another_dtype_is_taken_and_the_adapter_s_own_stays(tmp_path):
+    wanted = save(tmp_path / "two", seed=6, save_dtype="float16")
+    model = adapt(base(), save_dtype="float32")
+    model.load_adapter(str(tmp_path / "two"), "default")
+    assert torch.allclose(logits(model), wanted, atol=0.01)
+    assert model.peft_config["default"].save_dtype == "float32"
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_damage_is_found_there_too(options, tmp_path):
     save(tmp_path / "a", **options)
@@ -198,7 +206,7 @@ def test_broken_settings_are_one_sentence(text, tmp_path):
 
 
 def test_so_is_a_place_where_nothing_lies(tmp_path):
-    with pytest.raises(CTError, match=r"adapter_config\.json cannot be read"):
+    with pytest.raises(CTError, match=r"there is no .*none/adapter_config\.json; give the folder of an adapter\.$"):
         ctsft.load_adapter(base(), str(tmp_path / "none"))
     with pytest.raises(CTError, match=r"^organisation/adapter (was not found on the hub|cannot be loaded) \(.*\)"):
         ctsft.load_adapter(base(), "organisation/adapter")

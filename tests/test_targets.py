@@ -125,6 +125,11 @@ REFUSED = {
         {"target_modules": r".*query"},
         r"target_modules \['\.\*query'\] match nothing",
     ),
+    "none at all": (
+        tiny,
+        {"target_modules": []},
+        r"target_modules \[\] match nothing in LlamaForCausalLM; it has down",
+    ),
     "a norm": (tiny, {"target_modules": ["q_proj", "norm"]}, "model.norm is a LlamaRMSNorm; CT-SFT adapts Linear"),
     "a block": (tiny, {"target_modules": ["mlp"]}, r"model\.layers\.0\.mlp is a LlamaMLP; CT-SFT adapts Linear"),
     "nan": (lambda: weight_of(tiny(), lambda w: w[0, 0].fill_(float("nan"))), {}, "q_proj has NaN or infinite weights"),

@@ -58,6 +58,8 @@ def read_settings(file: Path, known: Collection[str]) -> dict[str, Any]:
     CTError where it is missing, no JSON object, of another method, has fields that are not in `known`, or was changed
     since it was saved.
     """
+    if not file.is_file():
+        raise CTError(f"there is no {file}; give the folder of an adapter.")
     settings = read_json(file)
     if not isinstance(settings, dict):
         raise CTError(f"{file} is no JSON object; it is damaged, take the adapter's folder anew.")

@@ -19,6 +19,8 @@ WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfold
 # what decides the shapes and what they mean
 SAME = ("form", "basis", "basis_dtype", "basis_checksum", "start", "universal_mode", "k")
 
+READ = ("tensors_hash", "stored_basis", "save_dtype", "uncovered_ends", "unread")  # what `unpack` goes by
+
 
 def hotswap(model: nn.Module, folder: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Put the numbers of the adapter in `folder` into the adapter `adapter_name` of `model`, in place.
@@ -76,12 +78,13 @@ def load_onto(theirs: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, 
     config = CTConfig.from_pretrained(folder, **{n: given[n] for n in WHERE if n in given})
     check_alike(config, layers, folder, name)
     before = vars(old).copy()
-    vars(old).update({n: getattr(config, n) for n in ("tensors_hash", "stored_basis", "uncovered_ends", "unread")})
+    vars(old).update({n: getattr(config, n) for n in READ})
     try:
         result = theirs(*args, **kwargs)
     except BaseException:
         vars(old).update(before)
         raise
+    old.save_dtype = before["save_dtype"]  # that of the file was for its reader
     for layer in layers.values():
         layer.ctsft_fingerprint[name] = config.fingerprint or ""
     return result

@@ -42,7 +42,7 @@ def find_targets(model: nn.Module, config: CTConfig) -> tuple[dict[str, nn.Modul
                 f"of target_modules {told(wanted)} nothing is left: exclude_modules, modules_to_save or "
                 "layers_to_transform leave all of them out."
             )
-    if unknown:
+    if unknown or not found:
         there = sorted({n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, MATRIX_MODULES)})
         raise CTError(
             f"target_modules {told(unknown)} match nothing in {type(model).__name__}; it has {', '.join(there)}."
