@@ -92,13 +92,18 @@ def test_labels_count_where_they_are_given():
 def test_the_model_and_the_config_are_left_as_they_were(basis):
     base = tiny().train()
     base.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    base.model.layers[1].eval()
     base(input_ids=ids(), labels=ids()).loss.backward()
     grads = {n: None if p.grad is None else p.grad.clone() for n, p in base.named_parameters()}
     wanted = {n: p.requires_grad for n, p in base.named_parameters()}
     config = CTConfig(k=4, basis=basis)
     found = calibrate(base, config, batches())
     assert config.calibrated is None and config.target_modules is None and found.calibrated
-    assert base.training and {n: p.requires_grad for n, p in base.named_parameters()} == wanted
+    assert (
+        base.training
+        and not base.model.layers[1].mlp.training
+        and {n: p.requires_grad for n, p in base.named_parameters()} == wanted
+    )
     for name, p in base.named_parameters():
         assert p.grad is None if grads[name] is None else torch.equal(p.grad, grads[name])
     assert not any(m._forward_pre_hooks for m in base.modules())

@@ -243,6 +243,14 @@ def test_mistakes_in_the_choice_of_probes(arguments, message):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("form", ["core", "scores"])
+def test_snr_of_numbers_that_are_no_amplitudes(form):
+    model = whole(form=form)
+    backward(model, rows())
+    with pytest.raises(CTError, match="gradient_snr reads the gradients of amplitudes, so it needs form='diagonal'"):
+        Probes(["gradient_snr"], 100, [rows()]).before_step(model, 2)
+
+
 def test_a_model_in_which_nothing_trains():
     with pytest.raises(CTError, match="nothing in the model trains"):
         Probes().before_step(tiny().requires_grad_(False), 1)

@@ -198,6 +198,7 @@ def test_all_is_left_as_it_was():
     model = randomise(adapt(tiny(), amplitude_dropout=0.5)).train()
     one = next(iter(coefficients(model).values()))
     one.grad = torch.ones_like(one)
+    quiet = model.get_base_model().model.layers[0].eval()
     frozen = list(coefficients(model).values())[-1].requires_grad_(False)
     before = {n: t.clone() for n, t in model.state_dict().items()}
     torch.manual_seed(3)
@@ -205,9 +206,22 @@ def test_all_is_left_as_it_was():
     first = learning_rate(model, batches())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
-    assert model.training and not frozen.requires_grad and torch.equal(one.grad, torch.ones_like(one))
+    assert (
+        model.training
+        and not quiet.training
+        and not frozen.requires_grad
+        and torch.equal(one.grad, torch.ones_like(one))
+    )
     assert sum(p.requires_grad for p in model.parameters()) == len(coefficients(model)) - 1
     assert learning_rate(model, iter(batches())) == first
+
+
+def test_a_mask_of_truths_is_one_of_ones():
+    model = adapt(tiny())
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    rates = [learning_rate(model, [b | {"attention_mask": m} for b in batches()]) for m in (mask, mask.bool())]
+    assert rates[0] == rates[1]
 
 
 def test_it_is_left_as_it_was_after_an_error(monkeypatch):

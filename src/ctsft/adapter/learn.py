@@ -32,7 +32,7 @@ from ctsft.errors import CTError
 from ctsft.files import replacing
 from ctsft.progress import watched
 from ctsft.spectral.basis import generator
-from ctsft.spectral.collect import own_labels
+from ctsft.spectral.collect import own_labels, still
 from ctsft.spectral.weights import clean_name, matrix
 
 Batch = Mapping[str, Tensor]  # input_ids (b, t), and what else the model takes
@@ -87,21 +87,17 @@ class Joint:
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Around all passes: the model is frozen, in eval mode, and adds what `delta` says. It is left as it was."""
-        wanted, training = {p: p.requires_grad for p in self.model.parameters()}, self.model.training
 
         def hook(target: str) -> Any:
             return lambda module, args, out: (out + self.delta(target, module, args[0])).to(out.dtype)
 
         handles = [self.modules[use].register_forward_hook(hook(target)) for use, target in self.uses.items()]
         try:
-            self.model.requires_grad_(False).eval()
-            yield
+            with still(self.model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
-            self.model.train(training)
-            for parameter, trains in wanted.items():
-                parameter.requires_grad_(trains)
 
     def loss(self, parts: list[tuple[int, Batch]], first: int | None = None) -> Tensor:
         """Mean loss, nats per token, over batches, each with the index of its sibling; of each matrix' directions only

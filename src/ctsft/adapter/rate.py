@@ -13,7 +13,7 @@ from ctsft.adapter.forms import FORMS
 from ctsft.adapter.loss import summed_loss
 from ctsft.adapter.store import layers_of
 from ctsft.errors import CTError
-from ctsft.spectral.collect import own_labels
+from ctsft.spectral.collect import own_labels, still
 from ctsft.spectral.weights import matrix
 
 # The best peak rates of tuned grids lie at this share of r t, whatever the form, the basis, K, the batch and the
@@ -159,17 +159,13 @@ def gradient(model: nn.Module, numbers: Sequence[Tensor], batch: Mapping[str, Te
 @contextmanager
 def borrowed(model: nn.Module, numbers: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """`numbers` as they stand, copied, while they may be moved and have gradients and `model` drops nothing out."""
-    start, wanted, training = [n.detach().clone() for n in numbers], [n.requires_grad for n in numbers], model.training
+    start = [n.detach().clone() for n in numbers]
     try:
-        model.eval()
-        for number in numbers:
-            number.requires_grad_(True)
-        yield start
+        with still(model, *numbers):
+            yield start
     finally:
-        model.train(training)
-        for number, begin, wants in zip(numbers, start, wanted, strict=True):
+        for number, begin in zip(numbers, start, strict=True):
             number.data.copy_(begin)
-            number.requires_grad_(wants)
 
 
 # ---- read off the weights

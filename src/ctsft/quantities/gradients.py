@@ -15,6 +15,7 @@ from ctsft.spectral.basis import Basis
 from ctsft.spectral.decompose import effective_rank
 
 NORMS = "; only the norms and cosines fit any run"  # told where a quantity needs an adapter
+AMPLITUDES = "gradient_snr reads the gradients of amplitudes, so it needs form='diagonal'."
 TOP = 20  # directions that paper 85 holds against the rest
 
 
@@ -140,6 +141,8 @@ class AbsMeanOverStd:
 
     def add(self, gradients: Mapping[str, Tensor]) -> None:
         for name, gradient in gradients.items():
+            if gradient.ndim != 1:
+                raise CTError(AMPLITUDES)
             g = double(gradient)
             new = torch.stack([torch.ones_like(g), g.abs(), g, g**2])
             old = self.sums.get(name, new.new_zeros(4, 0))

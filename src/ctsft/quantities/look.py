@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ctsft.adapter.layer import CTEmbedding, CTLayer
 from ctsft.adapter.store import layers_of
 from ctsft.errors import CTError
-from ctsft.quantities.gradients import NORMS
-from ctsft.spectral.collect import own_labels
+from ctsft.quantities.gradients import AMPLITUDES, NORMS
+from ctsft.spectral.collect import own_labels, still
 from ctsft.spectral.weights import matrix
 
 Batch = Mapping[str, Tensor]
@@ -21,21 +21,10 @@ Batch = Mapping[str, Tensor]
 
 @contextmanager
 def undisturbed(model: nn.Module, *wanted: Tensor) -> Iterator[None]:
-    """Evaluation mode and gradients for `wanted` only; then every mode, flag and random state is as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    devices = {p.device for p, _ in flags if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            model.requires_grad_(False).eval()
-            for parameter in wanted:
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for p, trains in flags:
-                p.requires_grad_(trains)
+    """As `still`; then every random state is as it was, too."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), still(model, *wanted):
+        yield
 
 
 @dataclass
@@ -101,7 +90,7 @@ def hooks(
         if isinstance(layer, CTLayer) and adapter_name in layer.ctsft_coefficients:
             owner = layer.ctsft_owner[0] if layer.ctsft_owner else layer
             if owner.ctsft_config[adapter_name].form != "diagonal":
-                raise CTError("gradient_snr reads the gradients of amplitudes, so it needs form='diagonal'.")
+                raise CTError(AMPLITUDES)
             made.append(layer.register_forward_hook(by_sample(names[owner], parts[names[owner]], adapter_name)))
     return made
 

@@ -1,6 +1,7 @@
 """What calibration reads from data: of every matrix its mean gradient, or the Gram matrix of its inputs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -10,18 +11,31 @@ from ctsft.errors import CTError
 from ctsft.spectral.weights import matrix
 
 
+@contextmanager
+def still(model: nn.Module, *wanted: Tensor) -> Iterator[None]:
+    """Evaluation mode and gradients for `wanted` only; then every module's mode and every flag is as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad) for p in (*model.parameters(), *wanted)]
+    try:
+        model.requires_grad_(False).eval()
+        for tensor in wanted:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for p, trains in flags:
+            p.requires_grad_(trains)
+
+
 def mean_gradients(
     model: nn.Module, modules: dict[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Mean over `batches` of dL/dW (d_out, d_in), float32, L the batch's mean loss in nats per token."""
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    training, count = model.training, 0
+    count = 0
     total = {n: torch.zeros_like(matrix(m), dtype=torch.float32) for n, m in modules.items()}
     weights = [cast(Tensor, m.weight) for m in modules.values()]
-    try:
-        model.requires_grad_(False).eval()
-        for weight in weights:
-            weight.requires_grad_(True)
+    with still(model, *weights):
         for batch in batches:
             loss = model(**{"labels": own_labels(batch), **batch}).loss
             if not torch.isfinite(loss):
@@ -32,10 +46,6 @@ def mean_gradients(
             ):
                 if g is not None:
                     total[name] += matrix(module, g)
-    finally:
-        model.train(training)
-        for parameter, trains in wanted.items():
-            parameter.requires_grad_(trains)
     if not count:
         raise CTError("calibration got no batches; give at least one.")
     return {n: checked_finite(n, t / count) for n, t in total.items()}
@@ -43,8 +53,8 @@ def mean_gradients(
 
 def own_labels(batch: Mapping[str, Tensor]) -> Tensor:
     """Every token of `batch` as a label, padding left out."""
-    padding = 1 - batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-    return batch["input_ids"].masked_fill(padding.bool(), -100)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+    return batch["input_ids"].masked_fill(mask == 0, -100)
 
 
 def input_grams(
@@ -67,17 +77,15 @@ def input_grams(
 
         return add
 
-    training, count = model.training, 0
+    count = 0
     handles = [m.register_forward_pre_hook(hook(n)) for n, m in modules.items()]  # type: ignore[arg-type]
     try:
-        model.eval()
-        with torch.no_grad():
+        with still(model), torch.no_grad():
             for batch in batches:
                 keep = batch["attention_mask"].bool() if "attention_mask" in batch else None
                 model(**{k: v for k, v in batch.items() if k != "labels"})
                 count += 1
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if not count:
