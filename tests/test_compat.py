@@ -115,7 +115,10 @@ CONTRACT = {
         "merge": "peft merges by itself",
         "unmerge": "the base weight's bits are not restored",
     },
-    (CTLayer, nn.Module): {"_apply": "model.to(dtype) casts the trained numbers and the directions"},
+    (CTLayer, nn.Module): {
+        "_apply": "model.to(dtype) casts the trained numbers and the directions",
+        "_replicate_for_data_parallel": "nn.DataParallel stops with an error about devices in place of a sentence",
+    },
 }
 
 

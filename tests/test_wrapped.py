@@ -99,6 +99,12 @@ def test_an_export_of_a_compiled_model_has_the_names_of_a_plain_one(compiled, to
         assert_same_bits(ours[name], t)
 
 
+def test_copies_for_several_gpus_are_refused():
+    for layer in owners(adapt(tiny(), target_modules=["q_proj", "lm_head"])).values():
+        with pytest.raises(CTError, match=r"nn\.DataParallel, .* leaves the directions on the first; show it one GPU"):
+            layer._replicate_for_data_parallel()
+
+
 @pytest.fixture
 def alone(tmp_path):
     """A group of one process."""

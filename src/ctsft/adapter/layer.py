@@ -101,6 +101,12 @@ class CTLayer(nn.Module, BaseTunerLayer):
         parameter = self.ctsft_coefficients[adapter_name]
         parameter.data = parameter.data.to(device or self.settle())
 
+    def _replicate_for_data_parallel(self) -> "CTLayer":
+        raise CTError(
+            "nn.DataParallel, which a Trainer takes by itself where it sees several GPUs, leaves the directions on the "
+            "first; show it one GPU (CUDA_VISIBLE_DEVICES=0), or start one process for each (torchrun)."
+        )
+
     # ---- algebra
 
     def ready(self, name: str) -> Basis:
