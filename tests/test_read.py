@@ -57,6 +57,13 @@ def test_csv_values_stay_strings(tmp_path):
     assert {"prompt": 'a "b",\nc', "completion": "1e3"} in [*corpus.train, *corpus.heldout]
 
 
+def test_a_csv_field_may_be_long(tmp_path):
+    rows = [{"prompt": f"{i}" + "p" * 200_000, "completion": "c"} for i in range(3)]
+    datasets.Dataset.from_list(rows).to_pandas().to_csv(tmp_path / "data.csv", index=False)
+    corpus = load_corpus(str(tmp_path / "data.csv"), heldout=1)
+    assert sorted([*corpus.train, *corpus.heldout], key=str) == rows
+
+
 def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
     rows = [{"text": "one\u2028two"}, {"text": "three"}]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")

@@ -91,6 +91,7 @@ def _read_json_list(name: str, text: str) -> Iterator[Located]:
 
 def _read_csv(name: str, text: str) -> Iterator[Located]:
     """All values stay strings: no guess turns the completion "42" into a number."""
+    csv.field_size_limit(2**31 - 1)  # of all that reads CSV here; 131,072 characters otherwise
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for row in reader:
