@@ -32,8 +32,8 @@ def checked(pair: str, asked: dict[str, Any]) -> dict[str, Any]:
     from ctsft.plan.arms import candidate
     from ctsft.plan.automatic import automatic
     from ctsft.plan.choose import USUAL
-    from ctsft.plan.plan import BACK, narrowest, seconds_a_row
-    from ctsft.plan.trial import Bench
+    from ctsft.plan.plan import BACK, seconds_a_row
+    from ctsft.plan.trial import Bench, narrowest
     from ctsft.tune.material import gathered
     from ctsft.tune.recipe import make_recipe
 

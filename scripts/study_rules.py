@@ -33,7 +33,8 @@ def measured(pair: str) -> dict[str, Any]:
     from ctsft.adapter.config import CTConfig
     from ctsft.adapter.targets import find_targets
     from ctsft.plan.arms import Candidate
-    from ctsft.plan.plan import KS, narrowest
+    from ctsft.plan.plan import KS
+    from ctsft.plan.trial import narrowest
     from ctsft.quantities.gradients import amplitude_gradients
     from ctsft.spectral.collect import mean_gradients
     from ctsft.spectral.decompose import effective_rank, singular_values

@@ -153,11 +153,11 @@ def test_without_k_a_short_training_takes_64_or_all_that_there_are(ctsft, files,
     assert read_recipe(tmp_path / "r" / "recipe.json").k == 32 and not (tmp_path / "r" / "plan.json").exists()
 
 
-def test_without_k_what_plans_do_not_know_takes_64(ctsft, files, tmp_path, monkeypatch):
+def test_without_k_what_plans_do_not_know_takes_64_or_all_that_there_are(ctsft, files, tmp_path, monkeypatch):
     monkeypatch.setattr(by_plan, "WORTH", 0.0)
     told = ctsft("tune", *unsaid(files), "--target", "q_proj", "--out", tmp_path / "r")
-    assert "K is 64: plans know nothing of target_modules" in told[2]
-    assert "more than the 32 directions" in told[2] and told[0] == 2
+    assert told[0] == 0 and "K is 32: plans know nothing of target_modules" in told[2]
+    assert read_recipe(tmp_path / "r" / "recipe.json").k == 32
 
 
 def test_without_k_learned_directions_are_all_used(ctsft, files, tmp_path, monkeypatch):

@@ -3,15 +3,19 @@
 import json
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import ctsft
 import tiny
 from command import files  # noqa: F401
 from contests import trial
 from ctsft import CTError
+from ctsft.adapter.learned import Facts, Learned
 from ctsft.plan import compare as comparing
 from ctsft.plan.arms import candidate
 from ctsft.plan.compare import Lines, compare, key_of
+from ctsft.plan.contest import read_contest
 from ctsft.plan.record import Comparison, Trial
 from ctsft.plan.trial import Bench
 
@@ -145,6 +149,35 @@ def test_other_rows_are_not_the_same_comparison(done, options, tmp_path):
     rows.write_text(rows.read_text().replace("7", "8"))
     with pytest.raises(CTError, match="was started with other rows in"):
         compare(tmp_path / "out", resume=True, **small)
+
+
+def test_trials_along_other_directions_are_not_counted_together(options, tmp_path):
+    def learned(seed):
+        names = [f"model.layers.{i}.mlp.{m}_proj" for i in (0, 1) for m in ("up", "down")]
+        names += [f"model.layers.{i}.self_attn.{m}_proj" for i in (0, 1) for m in "qkvo"]
+        names += [f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)]
+        sides = {n: (32, 48) if "down" in n else (48, 32) if "mlp" in n else (32, 32) for n in names}
+        draw = torch.Generator().manual_seed(seed)
+        u = {n: F.normalize(torch.randn(d, 4, generator=draw), dim=0) for n, (d, _) in sides.items()}
+        vh = {n: F.normalize(torch.randn(4, d, generator=draw), dim=1) for n, (_, d) in sides.items()}
+        facts = Facts(siblings=[], base="b", model="m", k=4, steps=1, batches=1, rates=[1.0], nested=False, seed=seed)
+        Learned(u, vh, {}, facts).save(tmp_path)
+
+    learned(0)
+    small = options | {"arms": [f"diagonal-4@{tmp_path}"], "seeds": 1, "rates": "rule"}
+    first = compare(tmp_path / "out", **small)
+    more = compare(tmp_path / "out", resume=True, **small | {"seeds": 2})
+    assert more.arms[0].trials[0] == first.arms[0].trials[0]
+    learned(1)
+    with pytest.raises(CTError, match=r"^the trials of diagonal-4@.* are not from the directions that its file now"):
+        compare(tmp_path / "out", resume=True, **small | {"seeds": 3})
+
+
+def test_the_default_arms_take_all_directions_that_there_are_where_these_are_fewer(options, tmp_path):
+    rest = {name: value for name, value in options.items() if name != "arms"}
+    found = compare(tmp_path / "out", **rest | {"seeds": 1, "steps": 1, "rates": "rule"})
+    assert [a.name for a in found.arms] == ["diagonal-32", "gains-32", "lora-1", "lora-8", "vera-256", "norms"]
+    assert found.contest["arms"] == read_contest(tmp_path / "out" / "contest.json").arms == [a.name for a in found.arms]
 
 
 def test_answers_are_scored_where_there_are_questions(options, tmp_path, monkeypatch):

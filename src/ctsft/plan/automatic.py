@@ -9,11 +9,13 @@ from ctsft.errors import CTError
 from ctsft.pages.words import duration
 from ctsft.plan.arms import candidate
 from ctsft.plan.choose import USUAL
-from ctsft.plan.plan import BACK, answered, directions, narrowest, own_arms, seconds_a_row
+from ctsft.plan.plan import BACK, answered, directions, own_arms, seconds_a_row
 from ctsft.plan.question import FIELDS, make_question
 from ctsft.plan.told import Plan
+from ctsft.plan.trial import narrowest
 from ctsft.tune.material import Material, gathered
 from ctsft.tune.recipe import ADAPTER, Recipe, make_recipe
+from ctsft.tune.run import adapter_config
 
 WORTH = 300.0  # seconds of training; below it a plan's minute need not come back (docs/planning.md)
 PLANNED = {"k", "form", "basis", "basis_file", "basis_dtype", "save_dtype", "store_basis", "seed"}
@@ -39,14 +41,13 @@ def automatic(recipe: Recipe, console: Console, form: bool, always: bool) -> Cho
     other += ["basis_file"] if recipe.basis == "file" else []
     if other and always:
         raise CTError(f"--k auto tries adapters without {', '.join(other)}; leave that out, or give a number for --k.")
-    if other:
-        return Chosen(recipe, why=f"K is {recipe.k}: plans know nothing of {', '.join(other)}")
     found = gathered(recipe, console)
     seconds = recipe.steps * recipe.batch_size * BACK * seconds_a_row(found)
-    if not always and seconds < WORTH:
+    if other or not (always or seconds >= WORTH):
         recipe = make_recipe(recipe.values() | {"k": unplanned(recipe, found.loaded.model)})
-        why = f"K is {recipe.k}: training takes about {duration(seconds)}, too little to plan for (--k auto does)"
-        return Chosen(recipe, found=found, why=why)
+        short = f"training takes about {duration(seconds)}, too little to plan for (--k auto does)"
+        why = f"plans know nothing of {', '.join(other)}" if other else short
+        return Chosen(recipe, found=found, why=f"K is {recipe.k}: {why}")
     where = "" if recipe.basis == "random" else f"@{recipe.basis_file or recipe.basis}"
     arms = [name + where for name in ((recipe.form,) if form else own_arms(found.loaded.model))]
     asked = {n: v for n, v in recipe.values().items() if n in FIELDS and n != "basis"}
@@ -60,4 +61,5 @@ def automatic(recipe: Recipe, console: Console, form: bool, always: bool) -> Cho
 
 def unplanned(recipe: Recipe, model: Any) -> int:
     """The K of a recipe without a plan: 64, or all directions that there are if they are fewer."""
-    return min(USUAL, narrowest(model), directions(recipe.basis_file) if recipe.basis_file else USUAL)
+    learned = directions(recipe.basis_file) if recipe.basis == "learned" and recipe.basis_file else USUAL
+    return min(USUAL, narrowest(model, adapter_config(recipe, model.dtype)), learned)

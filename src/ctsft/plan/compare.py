@@ -13,13 +13,14 @@ from rich.console import Console
 from ctsft.data.tokens import prompt_ids
 from ctsft.errors import CTError, wrong_fields
 from ctsft.files import cpu_name, versions, write_json
-from ctsft.plan.arms import candidate
+from ctsft.plan.arms import Candidate, candidate
 from ctsft.plan.contest import Contest, make_contest, read_contest
 from ctsft.plan.page import write_comparison
 from ctsft.plan.rates import best_of, raced
 from ctsft.plan.record import Arm, Comparison, Start, Trial
-from ctsft.plan.trial import Bench, number
+from ctsft.plan.trial import Bench, narrowest, number
 from ctsft.progress import watched
+from ctsft.spectral.kinds import content
 from ctsft.tune.folder import check_sources, is_foreign, locked, sweep, write_sealed
 from ctsft.tune.material import Material, gathered
 from ctsft.tune.measure import answers
@@ -60,6 +61,7 @@ def contested(
     with locked(out, (CONTEST,)):
         check_folder(contest, out, resume, overwrite)
         material = gathered(contest.recipe(), console)
+        contest.fit(narrowest(material.loaded.model))
         if resume:
             check_sources(material.sources, contest.model, contest.data, out, console.print)
             contest.add(read_contest(out / CONTEST).arms)
@@ -155,10 +157,23 @@ class Match:
         return answers(model, tokenizer, corpus, prompts, self.contest.recipe(), lambda n: None)[2]
 
     def rules(self) -> list[Start]:
-        """The rule's rates of those arms that have none in the folder; nothing is written."""
-        new = [name for name in self.contest.arms or () if name not in self.starts]
-        shown = watched(new, "rates by the rule", file=self.console.file)
-        return [Start(candidate=name, rule=self.bench.rate(candidate(name), RACE)) for name in shown]
+        """The rule's rates of those arms that have none in the folder; nothing is written. CTError where the trials of
+        the others are not from the directions that their files now hold."""
+        held = {name: self.directions(candidate(name)) for name in self.contest.arms or ()}
+        for name in held.keys() & self.starts.keys():
+            if self.starts[name].directions != held[name]:
+                raise CTError(
+                    f"the trials of {name} in {self.starts.path.parent} are not from the directions that its file now "
+                    "holds; put back what changed, or start anew with --overwrite."
+                )
+        shown = watched([n for n in held if n not in self.starts], "rates by the rule", file=self.console.file)
+        return [
+            Start(candidate=name, rule=self.bench.rate(candidate(name), RACE), directions=held[name]) for name in shown
+        ]
+
+    def directions(self, found: Candidate) -> str | None:
+        """The checksum of the file that the directions of an arm are read from, if there is one."""
+        return content(self.bench.config(found, RACE)) if found.basis_file else None
 
     def played(self, rules: list[Start]) -> Comparison:
         """Every rate, every trial, and the record of all."""

@@ -1,6 +1,7 @@
 """The contest of `ctsft compare`: every choice about comparing methods on one's data, with its default."""
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +53,12 @@ class Contest(Asked):
             raise CTError(f"{twice[0]} is among the arms twice; name each once.")
         self.arms = names
         self.recipe()  # which checks the rest
+
+    def fit(self, most: int) -> None:
+        """Where nobody asked for other arms than the default ones: ours with a K of `most` at most."""
+        if self.arms == [*DEFAULT]:
+            found = [candidate(name) for name in DEFAULT]
+            self.arms = [replace(c, k=min(c.k, most)).name if c.arm.kind == "form" else c.name for c in found]
 
     def add(self, arms: list[str] | None) -> None:
         """Compare `arms`, names of candidates, too, after those that are there."""

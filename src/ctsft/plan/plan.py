@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ctsft.adapter.config import CTConfig
 from ctsft.adapter.learned import Learned
-from ctsft.adapter.targets import find_targets
 from ctsft.errors import CTError
 from ctsft.files import cpu_name, versions
 from ctsft.plan.arms import ARMS, Candidate, candidate
@@ -24,9 +22,8 @@ from ctsft.plan.question import Question, make_question
 from ctsft.plan.rates import further, lowest, power
 from ctsft.plan.record import Trial
 from ctsft.plan.told import Plan, Race
-from ctsft.plan.trial import Bench
+from ctsft.plan.trial import Bench, narrowest
 from ctsft.progress import counted
-from ctsft.spectral.weights import matrix
 from ctsft.tune.material import Material, gathered
 from ctsft.tune.measure import heldout_loss
 from ctsft.tune.recipe import Recipe
@@ -129,11 +126,6 @@ def chosen_arms(model: Any, question: Question) -> list[Candidate]:
     found = [arm for name in names for arm in spelled(name, ks)]
     held = {place: directions(place) for place in {arm.basis_file for arm in found} if place}
     return [replace(arm, k=min(arm.k, held[arm.basis_file])) if arm.basis_file else arm for arm in found]
-
-
-def narrowest(model: Any) -> int:
-    """The directions that the narrowest of the matrices has, which ours adapts by default."""
-    return min(min(matrix(m).shape) for m in find_targets(model, CTConfig())[0].values())
 
 
 def own_arms(model: Any) -> tuple[str, str]:

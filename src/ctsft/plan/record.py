@@ -42,6 +42,7 @@ class Start(Part):
 
     candidate: str
     rule: float
+    directions: str | None = Field(default=None, description="checksum of the file that they are read from")
 
 
 class Arm(Part):

@@ -25,11 +25,17 @@ from ctsft.adapter.targets import find_targets
 from ctsft.plan.arms import Candidate
 from ctsft.plan.record import Trial
 from ctsft.spectral.kinds import needs_data
+from ctsft.spectral.weights import matrix
 from ctsft.tune.measure import NotFinite, Tokens, collate, heldout_loss
 from ctsft.tune.record import Accuracy
 from ctsft.tune.trainer import arranged
 
 Batch = dict[str, Tensor]
+
+
+def narrowest(model: Any, config: CTConfig | None = None) -> int:
+    """The directions of the narrowest of the matrices that `config` adapts; without it, that ours does by default."""
+    return min(min(matrix(m).shape) for m in find_targets(model, config or CTConfig())[0].values())
 
 
 class Bench:
