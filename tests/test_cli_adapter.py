@@ -76,6 +76,8 @@ def test_a_mistake_in_sample_is_one_sentence(ctsft, finished, files, tmp_path):
     assert_one_sentence(ctsft("sample", finished, "--prompt", " \n"), "the prompt is empty")
     assert_one_sentence(ctsft("sample", "smollm", "--prompt", "x"), "did you mean 'smollm2-135m'?")
     assert_one_sentence(ctsft("sample", files[0], "--base", "--prompt", "x"), "--base compares an adapter")
+    told = ctsft("sample", files[0], "--model", "/nowhere", "--prompt", "x")
+    assert_one_sentence(told, "--model is the base of an adapter", "leave --model out")
     assert_one_sentence(ctsft("sample", files[0], "--prompt", "x" * 200), "200 tokens", "128")
     (tmp_path / "recipe.json").write_text("{}")
     assert_one_sentence(ctsft("sample", tmp_path, "--prompt", "x"), "holds no adapter")

@@ -292,3 +292,8 @@ def test_a_run_whose_shared_file_changed_is_not_resumed(ctsft, family, learned, 
         a *= 2
     found.save(mine)
     assert_one_sentence(ctsft("tune", "--resume", "--out", tmp_path / "run"), "started with other directions")
+
+
+def test_learn_offers_no_k_that_it_refuses(ctsft):
+    text = ctsft("basis", "learn", "--help")[1]
+    assert "K|PATTERN=K,..." in text and "K|PATTERN=K,...|auto" not in text

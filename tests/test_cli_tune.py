@@ -143,6 +143,11 @@ MISTAKES = {
     "lr of -1": (["--lr", "-1"], "lr=-1.0"),
     "several": (["--form", "round", "--steps", "0", "--dtype", "int3"], "form='round'", "steps=0", "dtype='int3'"),
     "combination": (["--basis", "random", "--weight-from", "bottom"], "needs basis='weight'"),
+    "two files": (
+        ["--basis", "/my/one", "--basis-file", "/my/two"],
+        "--basis '/my/one' says where",
+        "--basis-file out",
+    ),
     "target": (["--target", "[/quark]"], "['[/quark]'] match nothing", "q_proj"),
     "model": (["--model", "smollm"], "no model 'smollm'", "did you mean 'smollm2-135m'?"),
     "model folder": (["--model", "/"], "no config.json"),

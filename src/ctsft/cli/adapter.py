@@ -110,6 +110,8 @@ def sample(
 
     if base and not is_adapter:
         raise CTError(f"--base compares an adapter with its base, and {source} is a model; leave --base out.")
+    if model and not is_adapter:
+        raise CTError(f"--model is the base of an adapter, and {source} is a model; leave --model out.")
 
     from ctsft.data.tokens import fits, prompt_ids
     from ctsft.models.load import load_model

@@ -31,13 +31,15 @@ def with_directions(values: dict[str, Any]) -> dict[str, Any]:
     basis = values.get("basis")
     if basis is None or basis in BASES:
         return values
+    if "basis_file" in values:
+        raise CTError(f"--basis {shown(basis)!r} says where the directions lie; leave --basis-file out.")
     place = Path(basis).expanduser()
     if not (place.is_file() or (place / LEARNED).is_file()):
         raise CTError(
             f"--basis {shown(basis)!r} is neither a kind of basis ({', '.join(BASES)}) nor a folder of learned "
             "directions; ctsft basis learn makes one."
         )
-    return {"basis_file": os.path.abspath(place)} | values | {"basis": "learned"}
+    return values | {"basis": "learned", "basis_file": os.path.abspath(place)}
 
 
 @options_of(Recipe)

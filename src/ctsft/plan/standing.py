@@ -96,19 +96,20 @@ def sentences(found: Comparison) -> list[str]:
     """What a person should know of it, the main result first."""
     rows = standings(found)
     best, seeds = rows[0], len(rows[0].arm.trials)
+    fewer = [row for row in rows if row.trained < best.trained]
     told = [
         f"{best.arm.name} ends lowest, at {best.loss:.3f} nats per token (before: {found.before:.3f}), with "
         f"{best.trained:,} numbers."
     ]
     if seeds == 1:
         told.append("One seed has no spread: another could order the arms otherwise; give --seeds 3.")
-    elif small := [row for row in rows if row.level and row.trained < best.trained]:
+    elif small := [row for row in fewer if row.level]:
         least = min(small, key=lambda row: row.trained)
         told.append(
             f"{least.arm.name} is level with it, {least.loss - best.loss:.3f} above in the mean but not on each of "
             f"{seeds} seeds, and trains {best.trained / least.trained:,.0f} times fewer numbers."
         )
-    else:
+    elif fewer:
         told.append(f"No arm with fewer numbers is level with it: each ends higher on all {seeds} seeds.")
     told += [
         f"{row.arm.name} is no better than the model as it is, {row.loss:.3f}."

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from ctsft.choices import ModelDtype
+from ctsft.choices import ModelDtype, about
 from ctsft.errors import CTError
 from ctsft.files import read_json
 from ctsft.tune.recipe import MOST, Count, as_tuned, checked, option
@@ -35,8 +35,10 @@ class Lesson:
     max_length: Annotated[int, Field(ge=2, le=MOST)] = as_tuned("max_length")
     dtype: ModelDtype = as_tuned("dtype")
 
-    k: Count | Annotated[dict[str, Count], Field(min_length=1)] = option(
-        LEARNING, 64, "Directions per matrix, or a mapping from module pattern to K."
+    k: Count | Annotated[dict[str, Count], Field(min_length=1)] = dataclasses.field(
+        default=64,
+        metadata=about("Directions per matrix, or a mapping from module pattern to K.")
+        | {"group": LEARNING, "metavar": "K|PATTERN=K,..."},
     )
     nested: bool = option(
         LEARNING, False, "Let the first few directions serve alone too, so that adapters may use a smaller K."
