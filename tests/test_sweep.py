@@ -312,8 +312,16 @@ def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on_from_there(log,
     assert len(report.finished) == 5 + 2 - 4 and set(started(log).values()) == {1}
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C is heard, also where the tests run in the background of a shell, which starts them with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @linux
-def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(log, tmp_path):
+def test_ctrl_c_ends_the_workers_and_keeps_what_is_finished(log, tmp_path, heard):
     arm = plain(log, text="hangs")
     hangs = arm.final(5e-3)[1]
 
