@@ -167,6 +167,13 @@ def test_a_claim_that_needs_an_arm_which_is_left_out_is_told():
     assert set(lacking([both, long], lab, "long")) == set()
 
 
+def test_a_claim_for_any_model_tells_of_which_it_was_asked_but_not_one_s_own():
+    (theirs,) = [one for one in CLAIMS if one.id == "ours.1"]
+    mine = {one.id: one for one in applicable(CLAIMS, ["arena"], "/m/mine", "/t/my.txt")[0]}["ours.1"]
+    assert theirs.told == theirs.text.removesuffix(".") + " (stories15m, shakespeare)."
+    assert mine.where["model"] == "/m/mine" and mine.told == mine.text == theirs.text
+
+
 def test_a_claim_for_any_model_names_none_in_its_sentence():
     told = [one.text.lower() for one in CLAIMS if one.any_model]
     assert told and not [text for text in told if any(w in text for w in ("llama", "smollm", "stories", "width"))]

@@ -193,7 +193,7 @@ def applicable(
             reason = f"of another model it asks the same as {first[question]}"
         if reason:
             aside[claim.id] = reason
-        asked.append(claim if reason else one)
+        asked.append(claim if reason else one.model_copy(update={"any_model": False}))  # it is of this one now
     return asked, aside
 
 

@@ -194,13 +194,10 @@ class Match:
         arms = [self.arm(name, rates) for name, rates in tried.items()]
         return record_of(contest, self.material, before, asked, arms)
 
-    def rule(self, name: str) -> float:
-        return self.starts[name].rule
-
     def rates(self, name: str) -> list[tuple[float, float]]:
         """(rate, held-out loss of its race) of an arm; of the rule alone there is no race, and the loss is 0."""
         if self.contest.rates == "rule":
-            return [(self.rule(name), 0.0)]
+            return [(self.starts[name].rule, 0.0)]
         planned = 3
 
         def loss(lr: float) -> float:
@@ -210,7 +207,7 @@ class Match:
                 self.shown.total += self.race_steps
             return self.trial(name, RACE, lr, self.race_steps, f"{name}, rate {lr:g}").end
 
-        return raced(self.rule(name), loss)
+        return raced(self.starts[name].rule, loss)
 
     def trial(self, name: str, seed: int, lr: float, steps: int, told: str) -> Trial:
         """The trial as it is in the folder, or made now. Races are looked at in the end alone."""
@@ -233,7 +230,7 @@ class Match:
         return Arm(
             name=name,
             told=found.arm.told,
-            rule=self.rule(name),
+            rule=self.starts[name].rule,
             tried=[] if self.contest.rates == "rule" else [(lr, number(loss)) for lr, loss in rates],
             race_steps=self.race_steps,
             rate=best,
