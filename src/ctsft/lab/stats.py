@@ -52,7 +52,7 @@ def crossed_test(table: Sequence[Sequence[float]], bound: float = 0.0) -> Test:
     MS_rest) / (seeds x windows), with Satterthwaite's degrees of freedom (two-way random effects; Searle, Casella and
     McCulloch 1992). The variance is held at or above that of the seeds alone and the degrees of freedom at or below
     theirs, so windows only widen an interval: with three seeds, whose part is often small by chance, Satterthwaite's
-    own give p values of 0.0005 three to fifteen times as often as they should (benchmarks/looks.py).
+    own give p values of 0.0005 several times as often as they should (LOG.md; benchmarks/looks.py has these).
     """
     x = numpy.array(table, dtype=float)
     n, windows = x.shape
